@@ -1,0 +1,184 @@
+"""The loss head against its floor: python benchmarks/head.py [--quick] [--vocab 32000 151936].
+
+The floor is the CPU time of the three matrix products that any exact head needs (logits, gradient of
+the hidden states, gradient of the projection) at their best chunking. Every other figure is a ratio
+of medians to it, taken in turns in one process. Workspace is the peak resident memory above the
+inputs, measured in a process of its own, as a ratio to the two gradients. All heads compute DFT's
+loss (the weight is the detached probability) with its gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rwft.head import Vocabulary, token_logprobs, weighted_loss  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Leaves of one problem: hidden states (n h), projection (v h), targets (n)."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+
+    @classmethod
+    def random(cls, n: int, h: int, v: int, dtype: torch.dtype) -> Case:
+        torch.manual_seed(0)
+        x, w = torch.randn(n, h, dtype=dtype), torch.randn(v, h, dtype=dtype).mul_(2 / h**0.5)
+        return cls(x.requires_grad_(), w.requires_grad_(), torch.randint(0, v, (n,)))
+
+    def zero(self) -> None:
+        self.x.grad = self.w.grad = None
+
+
+def floor(case: Case, chunk: int) -> None:
+    """Three products and nothing else."""
+    with torch.no_grad():
+        x, w = case.x, case.w
+        dx, dw = torch.empty_like(x), torch.empty_like(w)
+        buffer = x.new_empty(min(chunk, x.shape[0]), w.shape[0])
+        for start in range(0, x.shape[0], chunk):
+            rows = x[start : start + chunk]
+            logits = torch.mm(rows, w.T, out=buffer[: rows.shape[0]])
+            torch.mm(logits, w, out=dx[start : start + chunk])
+            torch.addmm(dw, logits.T, rows, beta=float(start > 0), out=dw)
+
+
+def one_pass(case: Case, frozen: bool = False) -> None:
+    n = case.x.shape[0]
+    vocabulary = Vocabulary(case.w.detach() if frozen else case.w)
+    weighted_loss(case.x, vocabulary, case.y, lambda signals, _: signals["logp"].exp() / n).loss.backward()
+
+
+def two_pass(case: Case) -> None:
+    logp = token_logprobs(case.x, case.w, case.y)
+    (-(logp.detach().exp() * logp).mean()).backward()
+
+
+def full_logits(case: Case) -> None:
+    logp = -torch.nn.functional.cross_entropy((case.x @ case.w.T).float(), case.y, reduction="none")
+    (-(logp.detach().exp() * logp).mean()).backward()
+
+
+def cut_cross_entropy(case: Case) -> None:
+    from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+
+    logp = -linear_cross_entropy(case.x, case.w, case.y, reduction="none", impl="torch_compile")
+    (-(logp.detach().exp() * logp).mean()).backward()
+
+
+def heads() -> dict[str, Callable[[Case], None]]:
+    found: dict[str, Callable[[Case], None]] = {
+        "one pass": one_pass,
+        "two passes": two_pass,
+        "frozen projection": lambda case: one_pass(case, frozen=True),
+        "full logits": full_logits,
+    }
+    if importlib.util.find_spec("cut_cross_entropy"):
+        found["cut-cross-entropy, torch.compile"] = cut_cross_entropy
+    return found
+
+
+def best_chunk(case: Case) -> int:
+    chunks = [c for c in (128, 256, 512, 1024) if c <= case.x.shape[0]] or [case.x.shape[0]]
+    return min(chunks, key=lambda c: min(cpu_seconds(lambda: floor(case, c)) for _ in range(2)))
+
+
+def cpu_seconds(run: Callable[[], None]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def interleaved(case: Case, repeats: int) -> tuple[int, float, dict[str, float]]:
+    """Best chunk of the floor, its median seconds, and the median ratio of each head to the floor of its round."""
+    chunk, named = best_chunk(case), heads()
+    floors: list[float] = []
+    ratios: dict[str, list[float]] = {name: [] for name in named}
+    for name in named:  # first touch
+        named[name](case)
+        case.zero()
+    for _ in range(repeats):
+        before = cpu_seconds(lambda: floor(case, chunk))
+        seconds = {}
+        for name, head in named.items():
+            seconds[name] = cpu_seconds(lambda head=head: head(case))
+            case.zero()
+        floors.append((before + cpu_seconds(lambda: floor(case, chunk))) / 2)
+        for name in named:
+            ratios[name].append(seconds[name] / floors[-1])
+    return chunk, statistics.median(floors), {name: statistics.median(r) for name, r in ratios.items()}
+
+
+def workspace(name: str, case: Case) -> float:
+    """Peak resident bytes above the inputs, in this process, as a ratio to both gradients."""
+    head = heads()[name]
+    head(Case.random(8, 16, 64, case.x.dtype))  # what libraries load on first use is no workspace
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    head(case)
+    peak = next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+    gradients = case.x.numel() * case.x.element_size() + case.w.numel() * case.w.element_size()
+    return (peak - resident) / gradients
+
+
+def measured_apart(name: str, shape: list[str]) -> float:
+    """`workspace` in a process of its own."""
+    command = [sys.executable, __file__, "--workspace-of", name, *shape]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def table(n: int, h: int, v: int, kind: str, repeats: int) -> Iterator[str]:
+    case = Case.random(n, h, v, DTYPES[kind])
+    chunk, seconds, ratios = interleaved(case, repeats)
+    yield f"\n{kind}, {n} tokens, hidden {h}, vocabulary {v}: floor {seconds:.2f} CPU s (chunks of {chunk})\n"
+    yield "| head | CPU time / floor | workspace / gradients |"
+    yield "|---|---|---|"
+    for name, ratio in ratios.items():
+        memory = measured_apart(name, ["--shape", f"{n},{h},{v},{kind}"])
+        yield f"| {name} | {ratio:.2f} | {memory:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 151936])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one small vocabulary, float32, three repeats")
+    parser.add_argument("--workspace-of", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.workspace_of:
+        n, h, v, kind = given.shape.split(",")
+        print(workspace(given.workspace_of, Case.random(int(n), int(h), int(v), DTYPES[kind])))
+        return
+    if given.quick:
+        given.vocab, given.dtype, given.repeats = [32000], ["fp32"], 3
+    for v in given.vocab:
+        for kind in given.dtype:
+            for line in table(given.tokens, given.hidden, v, kind, given.repeats):
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

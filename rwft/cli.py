@@ -1,0 +1,103 @@
+"""The `rwft` command: train, compare, evaluate, objectives, data, check. No logic lives here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rwft.errors import RwftError
+
+app = typer.Typer(
+    name="rwft",
+    help="Reward-weighted fine-tuning: offline reinforcement learning for language models, one weight at a time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: rwft objectives, then rwft data FILE, then rwft train CONFIG.",
+)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file; see the folder configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file, e.g. train.lr=1e-5."),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Set an earlier run in the same output aside and start over.")]
+
+
+@app.command(epilog="Example: rwft train configs/awr.yaml objective=dft train.steps=200 output=runs/dft")
+def train(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train a policy. The same command in the same output goes on where it stopped."""
+    from rwft.config import load_config
+    from rwft.loop import train as run
+
+    run(load_config(config, overrides or []), fresh=fresh)
+
+
+@app.command(epilog="Example: rwft compare configs/demo.yaml objective=sft,dft,rwr,iw_sft,[dft,filtered_bc] seeds=3")
+def compare(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train several objectives and seeds on the same data order; a table, a JSON file and a plot."""
+    from rwft.compare import compare_command
+
+    compare_command(config, overrides or [], fresh=fresh)
+
+
+@app.command(epilog="Example: rwft evaluate runs/awr evaluate.verifier=numeric evaluate.samples=4")
+def evaluate(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The output folder of a run, or a config whose model is evaluated.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Measure a policy on held-out rows: likelihood, and with a verifier the reward of its samples."""
+    from rwft.evaluate import evaluate_command
+
+    evaluate_command(run, overrides or [])
+
+
+@app.command(epilog="Example: rwft objectives dft")
+def objectives(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One objective, by name or path/to/file.py:function.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw its weight curve into this PNG.")] = None,
+) -> None:
+    """List the objectives by family with what each reads, or explain one."""
+    from rwft.catalogue import describe, draw, overview
+
+    typer.echo(overview() if name is None else describe(name))
+    if plot is not None and name is not None:
+        draw(name, plot)
+
+
+@app.command(epilog="Example: rwft data rollouts.jsonl    or: rwft data configs/rwr.yaml objective.temperature=0.5")
+def data(
+    source: Annotated[str, typer.Argument(metavar="CONFIG|FILE", help="A config, or a data file or folder by itself.")],
+    overrides: Overrides = None,
+) -> None:
+    """Show what is in the data: format, rewards, lengths, groups, what is dropped and why, and the weights if data decide them."""
+    from rwft.inspection import inspect_command
+
+    inspect_command(source, overrides or [])
+
+
+@app.command(epilog="Example: rwft check my_objective.py:sqrt_dft")
+def check(
+    objective: Annotated[str, typer.Argument(metavar="OBJECTIVE", help="A name, or path/to/file.py:function.")],
+) -> None:
+    """Put an objective through the conformance suite: gradient identity, independent rows, padding, shapes, locality."""
+    from rwft.testing import check_command
+
+    check_command(objective)
+
+
+def main() -> None:
+    """Run the command line; mistakes end in one line on standard error and their exit status."""
+    try:
+        app()
+    except RwftError as error:
+        typer.echo(f"rwft: {error}", err=True)
+        sys.exit(error.exit_status)

@@ -1,0 +1,151 @@
+"""Conversations: messages read strictly, split into prompt and completion, compared, and named as groups."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from rwft.data.adapters.values import boolean, found, items, number, text, wrong
+from rwft.data.example import Message
+from rwft.errors import DataError, did_you_mean
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+WEIGHTS = ("weight", "loss", "loss_scale", "loss_weight", "train")
+SWITCHES = ("loss", "train")
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):(?: |(?=\n)|$)")
+
+Side = str | list[Message]
+
+
+def content(value: Any, field: str) -> Side:
+    """Text, or messages."""
+    return value if isinstance(value, str) else messages(value, field, "text or a list of messages")
+
+
+def messages(value: Any, field: str, expected: str = "a list of messages") -> list[Message]:
+    """Messages with a known role and text; the weight of an assistant turn under its one name `weight`."""
+    if not isinstance(value, list) or not value:
+        raise wrong(value, field, expected)
+    return [message(item, f"{field}[{i}]") for i, item in enumerate(value)]
+
+
+def message(value: Any, field: str) -> Message:
+    """One message. Keys that are null are left out, as Parquet writes them; weights of other roles mean nothing."""
+    if not isinstance(value, Mapping) or "role" not in value:
+        raise wrong(value, field, "a message with `role` and `content`")
+    role = text(value["role"], f"{field}.role")
+    if role not in ROLES:
+        raise DataError(f"{field}.role: found {found(role)}, expected a known role; {did_you_mean(role, ROLES)}")
+    turn = {key: item for key, item in value.items() if item is not None and key not in WEIGHTS}
+    turn["content"] = _content(value, field)
+    weight = _weight(value, field)
+    if weight is not None and role == "assistant":
+        turn["weight"] = weight
+    return cast(Message, turn)
+
+
+def _content(value: Mapping[str, Any], field: str) -> str:
+    given = value.get("content")
+    if given is None and value.get("tool_calls"):
+        return ""
+    if isinstance(given, list) and given:
+        return "".join(_part(part, f"{field}.content[{i}]") for i, part in enumerate(given))
+    return text(given, f"{field}.content")
+
+
+def _part(part: Any, field: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        raise wrong(part, field, "a part of type text")
+    if part.get("weight") is not None:
+        raise DataError(f"{field}.weight: found a weight on a part, expected it on the whole message")
+    return text(part.get("text"), f"{field}.text")
+
+
+def _weight(value: Mapping[str, Any], field: str) -> float | None:
+    given = [key for key in WEIGHTS if value.get(key) is not None]
+    if len(given) > 1:
+        raise DataError(f"{field}: found both `{given[0]}` and `{given[1]}`, expected one weight")
+    if not given:
+        return None
+    name = given[0]
+    if name in SWITCHES and isinstance(value[name], bool):
+        return float(boolean(value[name], f"{field}.{name}"))
+    return number(value[name], f"{field}.{name}")
+
+
+def split(turns: list[Message], field: str) -> tuple[list[Message], list[Message]]:
+    """Prompt: all before the first assistant turn. Completion: from there to the last assistant turn."""
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise DataError(f"{field}: found no assistant message, expected at least one to train on")
+    for i in answers:
+        turn = turns[i]
+        if not turn["content"].strip() and not turn.get("tool_calls") and turn.get("weight") != 0:
+            raise DataError(f"{field}[{i}].content: found empty text, expected something to train on")
+    return turns[: answers[0]], turns[answers[0] : answers[-1] + 1]
+
+
+def joined(prompt: Side, completion: Side) -> tuple[Side, Side]:
+    """Both as they are if they are of one kind; else the text one becomes a message of its own."""
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        return [{"role": "user", "content": prompt}], completion
+    if isinstance(completion, str) and not isinstance(prompt, str):
+        return prompt, [{"role": "assistant", "content": completion}]
+    return prompt, completion
+
+
+def answer(value: Any, field: str) -> Side:
+    """A completion: text, or messages that begin with an assistant turn."""
+    side = content(value, field)
+    if not isinstance(side, str) and side[0]["role"] != "assistant":
+        raise DataError(f"{field}[0].role: found {side[0]['role']}, expected assistant, whose answer is trained")
+    return side
+
+
+def group_of(prompt: Side) -> str:
+    """The name of the group of all completions of this prompt: a hash of the prompt."""
+    whole = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    return hashlib.blake2b(whole.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def transcript(value: str, field: str) -> list[Message]:
+    """A text such as `\\n\\nHuman: ...\\n\\nAssistant: ...` as messages."""
+    marks = list(TURN.finditer(value))
+    if not marks or value[: marks[0].start()].strip():
+        raise DataError(
+            f"{field}: found text without a prompt, expected a transcript that begins with 'Human:', messages, "
+            "or a prompt column"
+        )
+    ends = [mark.start() for mark in marks[1:]] + [len(value)]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[mark.group(1)], "content": value[mark.end() : end].strip()}
+        for mark, end in zip(marks, ends, strict=True)
+    ]
+
+
+def common(first: list[Message], second: list[Message]) -> int:
+    """How many messages two conversations share from their start."""
+    apart = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(apart, min(len(first), len(second)))
+
+
+def system_first(system: Any, field: str, turns: list[Message]) -> list[Message]:
+    """The turns behind the system message, if there is any in `system`."""
+    if system is None or system == "":
+        return turns
+    return [{"role": "system", "content": text(system, field)}, *turns]
+
+
+def turn_pairs(value: Any, field: str) -> list[Message]:
+    """A history of `[question, answer]` pairs as messages."""
+    out: list[Message] = []
+    for i, pair in enumerate(items(value, field)):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise wrong(pair, f"{field}[{i}]", "a pair [question, answer]")
+        out.append({"role": "user", "content": text(pair[0], f"{field}[{i}][0]")})
+        out.append({"role": "assistant", "content": text(pair[1], f"{field}[{i}][1]")})
+    return out

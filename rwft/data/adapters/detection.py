@@ -1,0 +1,248 @@
+"""Which adapter fits the columns, and which column is what; never a guess between two."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rwft.data.adapters.contract import ColumnSetting, Row, adapter, columns_of
+from rwft.data.adapters.kinds import UNKNOWN, Kinds, column_kinds
+from rwft.data.adapters.values import MissingColumn, column
+from rwft.errors import DataError, did_you_mean
+from rwft.registry import Entry
+
+PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
+YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
+# A column with such a word in its name would change what is trained, so no format that leaves it out fits.
+JUDGEMENT = re.compile(
+    r"(^|[^a-z])(reward|score|rating|label|advantage|preference|chosen|rejected|weight|return|rank|logprob|finish|kto)s?([^a-z]|$)",
+    re.IGNORECASE,
+)
+CONTENT = {"completion", "response", "generation", "output", "message", "conversation"}
+CONTENT |= {"system", "history", "tool", "image"}
+TALK = {"text", "messages", "texts", "turns", "conversations", "mapping", "mappings", "lists"}
+HARMLESS = {"preference": {"messages"}}  # repeats the chosen conversation
+SYNONYMS = (
+    ("prompt", "question", "instruction", "query", "problem", "input", "context"),
+    ("completion", "response", "answer", "output", "solution", "generation"),
+    ("reward", "score", "rating", "value", "label"),
+    ("completions", "generations", "responses", "outputs", "answers", "samples"),
+    ("rewards", "scores", "ratings", "labels"),
+    ("messages", "conversations", "conversation", "dialogue"),
+    ("chosen", "preferred", "winner", "output_A"),
+    ("rejected", "dispreferred", "loser", "output_B"),
+)
+Columns = Mapping[str, Kinds | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An adapter with its settings: `columns` is what each column setting reads, `ignored` what nothing reads."""
+
+    name: str
+    settings: Mapping[str, Any]
+    columns: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """One sentence: the format, column -> role, the ignored columns."""
+        read = ", ".join(f"{name} -> {role}" for role, name in self.columns.items())
+        ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
+        return f"{self.name}: {read or 'its own columns'}{ignored}"
+
+    @property
+    def line(self) -> str:
+        """The YAML line that makes this choice."""
+        return yaml_line(self.name, self.settings)
+
+
+def yaml_line(name: str, settings: Mapping[str, Any]) -> str:
+    """`adapter: {name: scored, reward: score}`."""
+    if not settings:
+        return f"adapter: {_plain(name)}"
+    return f"adapter: {{name: {_plain(name)}, {', '.join(f'{k}: {_plain(v)}' for k, v in settings.items())}}}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str) and PLAIN.fullmatch(value) and value.lower() not in YAML_WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def detect(rows: Sequence[Row]) -> Choice:
+    """The one built-in format that the columns of these rows fit.
+
+    Raises DataError if none fits or several do, with the lines to choose from.
+    """
+    columns = column_kinds(rows)
+    fitting = [choice for name in adapter if (choice := _fit(adapter.entry(name), columns)) is not None]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        lines = " or ".join(f"`{choice.line}`" for choice in fitting)
+        raise DataError(f"adapter: the columns {_list(columns)} fit several formats, expected one; write {lines}")
+    raise DataError(f"adapter: the columns {_list(columns)} fit no format; {_nearest(columns)}")
+
+
+def choose(entry: Entry, given: Mapping[str, Any], rows: Sequence[Row]) -> Choice:
+    """A named adapter and its settings against the rows: mapped columns must exist, optional ones are found by name.
+
+    An optional column is left alone if its setting is given as null. Raises DataError.
+    """
+    columns = column_kinds(rows)
+    settings = dict(given)
+    wanted = columns_of(entry)
+    for setting in wanted.values():
+        name = settings.get(setting.name, setting.default)
+        if isinstance(name, str) and not _reachable(name, rows):
+            raise _missing(entry, setting, name, settings, columns)
+    _check_required(entry, settings, columns)
+    settings |= _fill(entry, columns, settings)
+    return _choice(entry, settings, columns)
+
+
+def _fit(entry: Entry, columns: Columns) -> Choice | None:
+    """The choice of this adapter with every column under its standard name, if nothing of meaning is left over."""
+    wanted = columns_of(entry)
+    required = [setting for setting in wanted.values() if not setting.optional]
+    if not required or any(s.required for name, s in entry.settings.items() if name not in wanted):
+        return None
+    if not all(s.default in columns and _holds(s, columns[s.default]) for s in required if s.default is not None):
+        return None
+    choice = _choice(entry, _fill(entry, columns, {}), columns)
+    return None if _left_over(entry, choice.ignored, columns) else choice
+
+
+def _choice(entry: Entry, settings: Mapping[str, Any], columns: Columns) -> Choice:
+    named = {name: settings.get(name, setting.default) for name, setting in columns_of(entry).items()}
+    read = {name: value for name, value in named.items() if isinstance(value, str)}
+    used = {value.partition(".")[0] for value in read.values()} | set(read.values())
+    return Choice(entry.name, dict(settings), read, tuple(name for name in columns if name not in used))
+
+
+def _fill(entry: Entry, columns: Columns, given: Mapping[str, Any]) -> dict[str, str]:
+    """Optional columns that are there under their own name, or under one of their other names."""
+    wanted = columns_of(entry)
+    taken = {given.get(name, setting.default) for name, setting in wanted.items()}
+    filled: dict[str, str] = {}
+    for setting in wanted.values():
+        if not setting.optional or setting.name in given:
+            continue
+        names = [
+            name
+            for name in (setting.name, *setting.holds.aliases)
+            if name in columns and name not in taken and columns[name] is not None and _holds(setting, columns[name])
+        ]
+        if len(names) > 1:
+            lines = " or ".join(f"`{yaml_line(entry.name, {**given, setting.name: name})}`" for name in names)
+            found = ", ".join(names)
+            raise DataError(
+                f"adapter '{entry.name}': {setting.name}: found the columns {found}, expected one; write {lines}"
+            )
+        if names:
+            filled[setting.name] = names[0]
+    return filled
+
+
+def _holds(setting: ColumnSetting, found: Kinds | None) -> bool:
+    return not setting.holds.kinds or bool((found or UNKNOWN) & set(setting.holds.kinds))
+
+
+def _left_over(entry: Entry, ignored: Sequence[str], columns: Columns) -> list[str]:
+    harmless = HARMLESS.get(entry.name, set())
+    return [name for name in ignored if name not in harmless and _means_something(name, columns[name])]
+
+
+def _means_something(name: str, found: Kinds | None) -> bool:
+    if found is None:  # always null
+        return False
+    is_talk = name.lower().rstrip("s") in CONTENT and bool(found & TALK)
+    return is_talk or JUDGEMENT.search(name) is not None
+
+
+def _reachable(name: str, rows: Sequence[Row]) -> bool:
+    for row in rows:
+        try:
+            column(row, name)
+        except MissingColumn:
+            continue
+        return True
+    return False
+
+
+def _missing(
+    entry: Entry, setting: ColumnSetting, name: str, settings: Mapping[str, Any], columns: Columns
+) -> DataError:
+    others = {settings.get(n, s.default) for n, s in columns_of(entry).items()}
+    free = {key: found for key, found in columns.items() if key not in others}
+    guess = _synonym(setting, free) or next(iter(difflib.get_close_matches(name, free, n=1)), None)
+    advice = did_you_mean(name, columns) if guess is None else f"did you mean '{guess}'?"
+    line = yaml_line(entry.name, {**settings, setting.name: guess or "<column>"})
+    return DataError(
+        f"adapter '{entry.name}': {setting.name}: found no column '{name}' among {_list(columns)}, "
+        f"expected {' or '.join(setting.holds.kinds) or 'it'} there; {advice} write `{line}`"
+    )
+
+
+def _check_required(entry: Entry, settings: Mapping[str, Any], columns: Columns) -> None:
+    """A setting without default that is not a column needs a look at the columns to be chosen."""
+    for name, setting in entry.settings.items():
+        if setting.required and name not in settings:
+            numbers = [key for key, found in columns.items() if found and "number" in found]
+            example = ",".join(f"{key}=1" for key in numbers) or "..."
+            line = yaml_line(entry.name, {**settings, name: example})
+            raise DataError(
+                f"adapter '{entry.name}': {name}: found none, expected {setting.describe()}; "
+                f"the columns of numbers are {', '.join(numbers) or 'none'}; write for instance `{line}`"
+            )
+
+
+def _synonym(setting: ColumnSetting, columns: Columns) -> str | None:
+    """The column that goes by another name of this setting and holds what it may hold."""
+    names = next((group for group in SYNONYMS if setting.name in group), ())
+    return next((name for name in (setting.name, *names) if name in columns and _holds(setting, columns[name])), None)
+
+
+def _nearest(columns: Columns) -> str:
+    """The up to three formats that come nearest, each with the line that selects it or with what it lacks."""
+    ranked = sorted((_distance(adapter.entry(name), columns) for name in adapter), key=lambda item: item[0])
+    return "nearest: " + "; ".join(text for _, text in ranked[:3])
+
+
+def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str]:
+    """How far a format is (columns missing, columns left over, columns renamed), and what to write."""
+    settings: dict[str, Any] = {}
+    missing: list[str] = []
+    free = dict(columns)
+    wanted = columns_of(entry)
+    for setting in (s for s in wanted.values() if not s.optional):
+        name = _find(setting, free)
+        if name is None:
+            missing.append(f"{setting.name} ({' or '.join(setting.holds.kinds)})")
+            continue
+        free.pop(name)
+        if name != setting.default:
+            settings[setting.name] = name
+    renamed = len(settings)
+    needs = [name for name, s in entry.settings.items() if s.required and name not in wanted]
+    missing += needs
+    left = _left_over(entry, list(free), columns)
+    if missing:
+        return (len(missing), len(left), renamed), f"{entry.name} lacks {', '.join(missing)}"
+    ignoring = f" (ignores {', '.join(left)})" if left else ""
+    return (0, len(left), renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
+
+
+def _find(setting: ColumnSetting, columns: Columns) -> str | None:
+    name = setting.default
+    if name is not None and name in columns and _holds(setting, columns[name]):
+        return name
+    return _synonym(setting, columns)
+
+
+def _list(columns: Columns) -> str:
+    return ", ".join(columns)

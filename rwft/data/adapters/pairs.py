@@ -1,0 +1,136 @@
+"""Two completions of one prompt and which is better: each pair becomes two examples of one group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from rwft.data.adapters.contract import Coerced, Content, Dropped, Holds, Key, Number, Row, Text, Yield, adapter
+from rwft.data.adapters.conversation import Message, Side, common, content, group_of, joined, transcript
+from rwft.data.adapters.values import column, key, number, text, wrong
+from rwft.data.example import Example, Source
+from rwft.errors import DataError
+
+Chosen = Holds(("number",), ("score_chosen", "chosen_score", "chosen_rating", "reward_chosen"))
+Rejected = Holds(("number",), ("score_rejected", "rejected_score", "rejected_rating", "reward_rejected"))
+ChosenScore = Annotated[str, Chosen]
+RejectedScore = Annotated[str, Rejected]
+
+SAME = "tie: both completions are the same"
+TIE = "tie: both rewards are the same"
+PARTING = "pair that does not part at an answer"
+
+
+@adapter
+def preference(
+    row: Row,
+    source: Source,
+    *,
+    chosen: Content = "chosen",
+    rejected: Content = "rejected",
+    prompt: Content | None = None,
+    chosen_reward: ChosenScore | None = None,
+    rejected_reward: RejectedScore | None = None,
+    good: float = 1.0,
+    bad: float = 0.0,
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """A chosen and a rejected completion, with their scores if there are any, else `good` and `bad`.
+
+    Each is a completion, or the whole conversation: then the common beginning is the prompt. Without a
+    prompt, text must be a transcript of `Human:` and `Assistant:`. Ties are dropped, and counted.
+    """
+    first, second = content(column(row, chosen), chosen), content(column(row, rejected), rejected)
+    rewards = _rewards(row, chosen_reward, rejected_reward) or (good, bad)
+    if isinstance(first, str) != isinstance(second, str):
+        raise wrong(row[rejected], rejected, f"the same kind as in {chosen}: both text, or both messages")
+    given = None if prompt is None else content(column(row, prompt), prompt)
+    if first == second or rewards[0] == rewards[1]:
+        yield Dropped(SAME if first == second else TIE)
+    elif isinstance(first, str) and isinstance(second, str) and given is not None:
+        if isinstance(given, str) and given and first.startswith(given) and second.startswith(given):
+            yield Coerced("prompt at the start of both completions taken off")
+            first, second = first[len(given) :], second[len(given) :]
+        yield from _pair(row, source, given, (first, second), rewards, group)
+    else:
+        turns = [transcript(s, name) if isinstance(s, str) else s for s, name in ((first, chosen), (second, rejected))]
+        yield from _conversations(row, source, (prompt, given), turns[0], turns[1], rewards, group)
+
+
+@adapter
+def helpsteer3(
+    row: Row,
+    source: Source,
+    *,
+    context: Content = "context",
+    response1: Text = "response1",
+    response2: Text = "response2",
+    overall_preference: Number = "overall_preference",
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """Two responses and by how much the second is better, -3 to 3; a negative number prefers the first.
+
+    The better one's reward is the size of the preference, the other's 0. At 0 there is no preference: dropped.
+    """
+    margin = number(column(row, overall_preference), overall_preference)
+    replies = text(column(row, response1), response1), text(column(row, response2), response2)
+    prompt = content(column(row, context), context)
+    if not -3 <= margin <= 3:
+        raise wrong(row[overall_preference], overall_preference, "a number from -3 to 3")
+    if margin == 0 or replies[0] == replies[1]:
+        yield Dropped(TIE if margin == 0 else SAME)
+    else:
+        yield from _pair(row, source, prompt, replies, (max(-margin, 0.0), max(margin, 0.0)), group)
+
+
+def _rewards(row: Row, chosen: str | None, rejected: str | None) -> tuple[float, float] | None:
+    if chosen is None and rejected is None:
+        return None
+    if chosen is None or rejected is None:
+        missing = "chosen_reward" if chosen is None else "rejected_reward"
+        raise DataError(f"{missing}: found a score for one of the pair, expected one for each, or for none")
+    return number(column(row, chosen), chosen), number(column(row, rejected), rejected)
+
+
+def _pair(
+    row: Row, source: Source, prompt: Side, replies: tuple[Side, Side], rewards: tuple[float, float], group: str | None
+) -> Iterator[Example]:
+    for reply, reward in zip(replies, rewards, strict=True):
+        question, completion = joined(prompt, reply)
+        name = group_of(question) if group is None else key(column(row, group), group)
+        yield Example(question, completion, source, reward=reward, group=name)
+
+
+def _conversations(
+    row: Row,
+    source: Source,
+    prompt: tuple[str | None, Side | None],
+    first: list[Message],
+    second: list[Message],
+    rewards: tuple[float, float],
+    group: str | None,
+) -> Iterator[Yield]:
+    """A pair of message lists: answers to a given prompt, or whole conversations that share their beginning."""
+    field, given = prompt
+    if first[0]["role"] == second[0]["role"] == "assistant" and given is not None:
+        yield from _pair(row, source, given, (first, second), rewards, group)
+        return
+    shared = common(first, second)
+    ends = [turns[shared]["role"] if shared < len(turns) else "" for turns in (first, second)]
+    if ends != ["assistant", "assistant"]:
+        yield Dropped(PARTING)
+        return
+    before = first[:shared]
+    if given is not None:
+        _check_prompt(given, before, str(field))
+    yield from _pair(row, source, before, (first[shared:], second[shared:]), rewards, group)
+
+
+def _check_prompt(given: Side, before: list[Message], field: str) -> None:
+    """The prompt column of whole conversations must say what their beginning says."""
+    if isinstance(given, str):
+        agrees = any(turn["content"].strip() == given.strip() for turn in before)
+    else:
+        agrees = before[: len(given)] == given
+    if not agrees:
+        raise DataError(f"{field}: found a prompt that is not in the conversations, expected their common beginning")

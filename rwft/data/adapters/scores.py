@@ -1,0 +1,274 @@
+"""Completions that somebody scored: one or many to a prompt, by one number or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from rwft.data.adapters.contract import (
+    Boolean,
+    Coerced,
+    Content,
+    Dropped,
+    Finish,
+    Holds,
+    Key,
+    Number,
+    Numbers,
+    Row,
+    WholeNumbers,
+    Yield,
+    adapter,
+)
+from rwft.data.adapters.conversation import answer, content, group_of, joined
+from rwft.data.adapters.values import (
+    DECIMAL,
+    boolean,
+    column,
+    finished,
+    items,
+    key,
+    logprobs,
+    number,
+    number_or_text,
+    optional,
+    parallel,
+    token_ids,
+    wrong,
+)
+from rwft.data.example import Example, Source
+from rwft.errors import DataError
+
+Contents = Annotated[str, Holds(("texts", "conversations"))]
+Ratings = Annotated[str, Holds(("numbers or texts",))]
+Reviewed = Annotated[str, Holds(("mappings",))]
+ManyNumbers = Annotated[str, Holds(("lists of numbers",))]
+ManyWholeNumbers = Annotated[str, Holds(("lists of whole numbers",))]
+Finishes = Annotated[str, Holds(("texts", "booleans"))]
+Answer = Annotated[str, Holds(("text", "whole number"), ("ground_truth",))]
+
+AS_TEXT = " (to read text as numbers, add `text_numbers: true`)"
+READ_AS_NUMBER = "number given as text"
+UNRATED = "completion without a numeric rating"
+
+
+@adapter
+def scored(
+    row: Row,
+    source: Source,
+    *,
+    prompt: Content = "prompt",
+    completion: Content = "completion",
+    reward: Number = "reward",
+    group: Key | None = None,
+    answer: Answer | None = None,
+    logprobs: Numbers | None = None,
+    token_ids: WholeNumbers | None = None,
+    finish_reason: Finish | None = None,
+    text_numbers: bool = False,
+) -> Iterator[Yield]:
+    """A completion and its reward; with it, if logged, what the behaviour policy's probabilities were."""
+    value = column(row, reward)
+    if text_numbers and isinstance(value, str):
+        yield Coerced(READ_AS_NUMBER)
+        value = number_or_text(value, reward)
+    example = _example(row, source, (prompt, column(row, prompt)), (completion, column(row, completion)), group, answer)
+    example = dataclasses.replace(example, reward=number(value, reward, AS_TEXT))
+    logged = [(name, optional(row, name)) for name in (logprobs, token_ids, finish_reason)]
+    yield from _logged(example, *logged)
+
+
+@adapter
+def binary(
+    row: Row,
+    source: Source,
+    *,
+    prompt: Content = "prompt",
+    completion: Content = "completion",
+    label: Boolean = "label",
+    good: float = 1.0,
+    bad: float = 0.0,
+    group: Key | None = None,
+    answer: Answer | None = None,
+) -> Iterator[Yield]:
+    """A completion with thumbs up (`good`) or down (`bad`)."""
+    hint = f"; if it is a score: `adapter: {{name: scored, reward: {label}}}`"
+    liked = boolean(column(row, label), label, hint)
+    example = _example(row, source, (prompt, column(row, prompt)), (completion, column(row, completion)), group, answer)
+    yield dataclasses.replace(example, reward=good if liked else bad)
+
+
+@adapter
+def rollouts(
+    row: Row,
+    source: Source,
+    *,
+    prompt: Content = "prompt",
+    completions: Contents = "completions",
+    rewards: Numbers = "rewards",
+    group: Key | None = None,
+    answer: Answer | None = None,
+    logprobs: ManyNumbers | None = None,
+    token_ids: ManyWholeNumbers | None = None,
+    finish_reasons: Finishes | None = None,
+    text_numbers: bool = False,
+) -> Iterator[Yield]:
+    """Many completions of one prompt, with lists of the same length beside them."""
+    replies = items(column(row, completions), completions)
+    values = parallel(column(row, rewards), rewards, len(replies), completions)
+    extras = [_beside(row, name, len(replies), completions) for name in (logprobs, token_ids, finish_reasons)]
+    question = (prompt, column(row, prompt))
+    for i, (reply, given) in enumerate(zip(replies, values, strict=True)):
+        field, value = f"{rewards}[{i}]", given
+        if text_numbers and isinstance(value, str):
+            yield Coerced(READ_AS_NUMBER)
+            value = number_or_text(value, field)
+        example = _example(row, source, question, (f"{completions}[{i}]", reply), group, answer)
+        example = dataclasses.replace(example, reward=number(value, field, AS_TEXT))
+        yield from _logged(example, *[(f"{name}[{i}]", item[i]) for name, item in extras])
+
+
+@adapter
+def ratings(
+    row: Row,
+    source: Source,
+    *,
+    instruction: Content = "instruction",
+    generations: Contents = "generations",
+    ratings: Ratings = "ratings",
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """Generations and their ratings in parallel lists. Text that is a number counts as one; without one, dropped."""
+    replies = items(column(row, generations), generations)
+    values = parallel(column(row, ratings), ratings, len(replies), generations)
+    question = (instruction, column(row, instruction))
+    for i, (reply, value) in enumerate(zip(replies, values, strict=True)):
+        example = _example(row, source, question, (f"{generations}[{i}]", reply), group, None)
+        if unrated(value):
+            yield Dropped(UNRATED)
+            continue
+        if isinstance(value, str):
+            yield Coerced(READ_AS_NUMBER)
+        yield dataclasses.replace(example, reward=number_or_text(value, f"{ratings}[{i}]"))
+
+
+@adapter
+def ultrafeedback(
+    row: Row,
+    source: Source,
+    *,
+    instruction: Content = "instruction",
+    completions: Reviewed = "completions",
+    aspect: str | None = None,
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """Completions with a Rating for each aspect. The reward is that of one `aspect`, else the mean over all of them."""
+    question = (instruction, column(row, instruction))
+    for i, item in enumerate(items(column(row, completions), completions)):
+        field = f"{completions}[{i}]"
+        if not isinstance(item, Mapping) or "response" not in item or not isinstance(item.get("annotations"), Mapping):
+            raise wrong(item, field, "a mapping with `response` and `annotations`")
+        example = _example(row, source, question, (f"{field}.response", item["response"]), group, None)
+        values = _aspects(item["annotations"], f"{field}.annotations", aspect)
+        if not values or any(unrated(value) for value in values.values()):
+            yield Dropped(UNRATED)
+            continue
+        for value in values.values():
+            if isinstance(value, str):
+                yield Coerced(READ_AS_NUMBER)
+        yield dataclasses.replace(example, reward=sum(number_or_text(v, k) for k, v in values.items()) / len(values))
+
+
+@adapter
+def attributes(
+    row: Row,
+    source: Source,
+    *,
+    weights: str,
+    prompt: Content = "prompt",
+    response: Content = "response",
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """A response with scores for several attributes; the reward is their sum, weighted by `weights`.
+
+    `weights` is text such as "helpfulness=1,verbosity=-0.2": more is not better in every attribute, so there is
+    no default.
+    """
+    example = _example(row, source, (prompt, column(row, prompt)), (response, column(row, response)), group, None)
+    total = sum(weight * number(column(row, name), name) for name, weight in parse_weights(weights).items())
+    yield dataclasses.replace(example, reward=number(total, "reward"))
+
+
+@functools.lru_cache
+def parse_weights(given: str) -> Mapping[str, float]:
+    """`"a=1,b=-0.2"` as a mapping."""
+    weights: dict[str, float] = {}
+    for part in given.split(","):
+        name, equals, value = (piece.strip() for piece in part.rpartition("="))
+        if not equals or not name or name in weights or not DECIMAL.fullmatch(value):
+            raise DataError(
+                f"weights: found {part!r} in {given!r}, expected each attribute once, such as helpfulness=1"
+            )
+        weights[name] = number(float(value), "weights")
+    return weights
+
+
+def unrated(value: Any) -> bool:
+    """Whether a rating is none: null, or text such as N/A."""
+    return value is None or (isinstance(value, str) and not DECIMAL.fullmatch(value))
+
+
+def _aspects(annotations: Mapping[str, Any], field: str, aspect: str | None) -> dict[str, Any]:
+    """Field -> Rating of the wanted aspects; `-` and `_` are the same in their names."""
+    wanted = None if aspect is None else aspect.replace("-", "_")
+    values = {}
+    for name, note in annotations.items():
+        if note is None or wanted not in (None, name.replace("-", "_")):
+            continue
+        if not isinstance(note, Mapping):
+            raise wrong(note, f"{field}.{name}", "a mapping with `Rating`")
+        values[f"{field}.{name}.Rating"] = note.get("Rating")
+    if wanted is not None and wanted not in {name.replace("-", "_") for name in annotations}:
+        raise DataError(f"{field}: found the aspects {', '.join(annotations)}, expected '{aspect}' among them")
+    return values
+
+
+def _example(
+    row: Row,
+    source: Source,
+    prompt: tuple[str, Any],
+    completion: tuple[str, Any],
+    group: str | None,
+    expected: str | None,
+) -> Example:
+    """An example without its reward, from (field, value) of prompt and completion."""
+    question, reply = joined(content(prompt[1], prompt[0]), answer(completion[1], completion[0]))
+    name = group_of(question) if group is None else key(column(row, group), group)
+    solution = optional(row, expected)
+    known = None if solution is None else key(solution, str(expected))
+    return Example(question, reply, source, group=name, answer=known)
+
+
+def _beside(row: Row, name: str | None, length: int, other: str) -> tuple[str, list[Any]]:
+    """A column that is a list beside another one; nulls if it is not there."""
+    value = optional(row, name)
+    return str(name), [None] * length if value is None else parallel(value, str(name), length, other)
+
+
+def _logged(
+    example: Example, logp: tuple[str | None, Any], ids: tuple[str | None, Any], reason: tuple[str | None, Any]
+) -> Iterator[Yield]:
+    """The example with what was logged when it was sampled, each given as (field, value or null)."""
+    if logp[1] is None and ids[1] is None and reason[1] is None:
+        yield example
+        return
+    behavior, rounded = (None, False) if logp[1] is None else logprobs(logp[1], str(logp[0]))
+    tokens = None if ids[1] is None else token_ids(ids[1], str(ids[0]))
+    if behavior is not None and tokens is not None:
+        parallel(behavior, str(logp[0]), len(tokens), str(ids[0]))
+    if rounded:
+        yield Coerced("log-probability above 0 by rounding, taken as 0")
+    ended = finished(reason[1], str(reason[0]))
+    yield dataclasses.replace(example, behavior_logp=behavior, completion_ids=tokens, finished=ended)

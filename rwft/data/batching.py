@@ -1,0 +1,228 @@
+"""Which rows make which optimiser step, and how rows become tensors.
+
+The order is a pure function of (seed, epoch): nothing about it is stored, and a run resumes
+at any step. A step's rows are the same however they are cut into micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwft.data.credit import Credit
+from rwft.data.rows import Rows
+from rwft.errors import ConfigError, DataError
+
+Stored = Callable[[NDArray[np.int64], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, padded on the right.
+
+    `ids (b t+1)` int64, `mask (b t)` 1 where the target is trained, `rows (b)` indices into the
+    data set, `signals` what the data and its credit provide, by name (see `rwft.signals`).
+    """
+
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    signals: Mapping[str, Tensor]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.signals.items()}
+        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device), rows=self.rows, signals=moved)
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Trained positions of each row, `(b)`."""
+        return self.mask.sum(dim=1).long().tolist()
+
+
+def permutation(items: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of one epoch: a pure function of (seed, epoch)."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(items)
+
+
+class Plan:
+    """Optimiser steps as lists of micro-batches of row indices.
+
+    A step takes the next batch_size x accumulate x world rows of the epoch's order, the last
+    one of an epoch what is left, so each row comes exactly once per epoch. Within a step rows
+    are sorted by length, then cut: similar lengths pad little, and the gradient of the step
+    does not depend on the cut. With `group`, whole groups stay in one micro-batch. Rows not
+    `alive` (weight zero by data alone) keep their place in the order but are not forwarded.
+    """
+
+    def __init__(
+        self,
+        length: NDArray[np.int64],
+        *,
+        batch_size: int,
+        accumulate: int,
+        world: int,
+        seed: int,
+        group: NDArray[np.int64] | None = None,
+        alive: NDArray[np.bool_] | None = None,
+    ) -> None:
+        if len(length) == 0:
+            raise DataError("no rows are left to train on")
+        self.length, self.batch_size, self.world, self.seed = length, batch_size, world, seed
+        self.window_size = batch_size * accumulate * world
+        self.alive = np.ones(len(length), dtype=bool) if alive is None else alive
+        self.units = None if group is None else _units(group, batch_size)
+        windows = math.ceil(len(length) / self.window_size)
+        self.steps_per_epoch = windows if self.units is None else min(windows, len(self.units))
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, window) of a global optimiser step."""
+        return divmod(step, self.steps_per_epoch)
+
+    def window(self, step: int) -> NDArray[np.int64]:
+        """Row indices of an optimiser step, in the epoch's order, over all ranks."""
+        if self.units is not None:
+            return np.concatenate(self._window_units(step))
+        epoch, index = self.position(step)
+        return self._epoch_order(epoch)[index * self.window_size : (index + 1) * self.window_size]
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            items = len(self.length) if self.units is None else len(self.units)
+            self._order = (epoch, permutation(items, self.seed, epoch))
+        return self._order[1]
+
+    def _window_units(self, step: int) -> list[NDArray[np.int64]]:
+        """Whole groups, dealt to a fixed number of windows so that every epoch has as many steps."""
+        assert self.units is not None
+        epoch, index = self.position(step)
+        return [self.units[unit] for unit in np.array_split(self._epoch_order(epoch), self.steps_per_epoch)[index]]
+
+    def micro_batches(self, step: int, rank: int) -> list[NDArray[np.int64]]:
+        """This rank's micro-batches of a step; all ranks get equally many, empty ones where rows ran out."""
+        parts = self._cut_rows(step) if self.units is None else self._cut_groups(step)
+        short = -len(parts) % self.world if parts else self.world
+        parts += [np.empty(0, dtype=np.int64)] * short
+        return parts[rank :: self.world]
+
+    def _cut_rows(self, step: int) -> list[NDArray[np.int64]]:
+        window = self.window(step)
+        window = window[self.alive[window]]
+        longest_first = window[np.argsort(-self.length[window], kind="stable")]
+        return [longest_first[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+
+    def _cut_groups(self, step: int) -> list[NDArray[np.int64]]:
+        """First fit, longest groups first: whole groups into micro-batches of at most batch_size rows."""
+        parts: list[list[NDArray[np.int64]]] = []
+        for unit in sorted(self._window_units(step), key=lambda unit: -int(self.length[unit].max())):
+            part = next((p for p in parts if sum(map(len, p)) + len(unit) <= self.batch_size), None)
+            if part is None:
+                parts.append([unit])
+            else:
+                part.append(unit)
+        return [np.concatenate(part) for part in parts]
+
+
+def _units(group: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    order = np.argsort(group, kind="stable")
+    units = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    largest = max(map(len, units))
+    if largest > batch_size:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is smaller than the largest group ({largest} rows), and this objective needs "
+            f"whole groups in one micro-batch; set train.batch_size={largest} or more"
+        )
+    return units
+
+
+class Collate:
+    """Row indices -> `Batch`, with the signals that are read and no others.
+
+    `known` holds signals with one value a row `(n)`, or one for all `()`; `stored` functions that
+    give `(b t)` for rows and their mask.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        reads: frozenset[str],
+        *,
+        pad: int,
+        dtype: torch.dtype,
+        credit: Credit | None = None,
+        known: Mapping[str, NDArray[Any]] | None = None,
+        stored: Mapping[str, Stored] | None = None,
+    ) -> None:
+        self.rows, self.reads, self.pad, self.dtype = rows, reads, pad, dtype
+        self.credit, self.known, self.stored = credit, known or {}, {} if stored is None else stored
+
+    def plain(self) -> Collate:
+        """Ids and mask only, of the same rows."""
+        return Collate(self.rows, frozenset(), pad=self.pad, dtype=self.dtype)
+
+    def __call__(self, indices: NDArray[np.int64]) -> Batch:
+        if len(indices) == 0:  # a rank without rows still takes part in the collectives: nothing of this row is trained
+            empty = self.plain()(np.zeros(1, dtype=np.int64))
+            return replace(empty, mask=torch.zeros_like(empty.mask), signals={})
+        columns = self.rows.take(indices)
+        ids = _pad(columns["ids"], self.pad, torch.int64)
+        mask = _pad(columns["mask"], 0, self.dtype)
+        signals = {"mask": mask}
+        for name in sorted(self.reads):
+            value = self._signal(name, indices, columns, mask)
+            if value is not None:
+                signals[name] = value
+        return Batch(ids, mask, torch.as_tensor(indices), signals)
+
+    def _signal(self, name: str, indices: NDArray[np.int64], columns: Mapping[str, Any], mask: Tensor) -> Tensor | None:
+        if name == "group":
+            return torch.as_tensor(self.rows.group[indices])
+        if name == "token_weight":
+            given = [
+                w if w is not None else [1.0] * len(m) for w, m in zip(columns["weight"], columns["mask"], strict=True)
+            ]
+            return _pad(given, 1.0, self.dtype)
+        if name == "behavior_logp":
+            return _pad(columns["behavior_logp"], 0.0, self.dtype)
+        if name == "advantage" and self.credit is not None and self.credit.config.steps != "none":
+            return self._token_advantage(indices, columns)
+        if name in self.stored:
+            return self.stored[name](indices, mask)
+        value = self.known.get(name)
+        if value is None:
+            return None
+        if value.ndim == 0:
+            return torch.as_tensor(value).to(self.dtype)
+        return rearrange(torch.as_tensor(value[indices]), "b -> b 1").to(self.dtype)
+
+    def _token_advantage(self, indices: NDArray[np.int64], columns: Mapping[str, Any]) -> Tensor:
+        """`(b t)`: per-step advantages; a row without steps has its one advantage everywhere."""
+        assert self.credit is not None
+        terms = [self.known[name][indices] for name in ("advantage", "baseline", "gain")]
+        rows = zip(columns["step_position"], columns["step_reward"], columns["mask"], *terms, strict=True)
+        per_token = [
+            self.credit.token_advantage(
+                list(zip(positions, rewards, strict=True)), len(m), float(baseline), float(gain)
+            )
+            if positions
+            else [float(advantage)] * len(m)
+            for positions, rewards, m, advantage, baseline, gain in rows
+        ]
+        return _pad(per_token, 0.0, self.dtype)
+
+
+def _pad(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype) -> Tensor:
+    """Lists of unequal length -> `(b t)`, padded on the right."""
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = torch.as_tensor(row, dtype=dtype)
+    return out

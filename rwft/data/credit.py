@@ -1,0 +1,302 @@
+r"""From rewards to advantages, by statistics that are fitted once over the training rows.
+
+.. math:: A = \mathrm{clip}\left((R - b) \, s + \mathrm{shift}\right)
+
+The baseline `b` and the scale `s` are fitted over the data set, where offline data make them
+exact, so no row's advantage depends on its batch. All arrays are float64, one value per row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rwft.config import CreditConfig
+from rwft.errors import CheckpointError, ConfigError, DataError
+
+GROUP_EPSILON = 1e-6  # added to a group's standard deviation, as in GRPO
+OF_GROUPS = ("group_mean", "leave_one_out", "length_weighted")
+SHARED = ("none", "mean")  # baselines that are one number for all rows, besides a number itself
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Statistics of groups, one value per group (ids ascending) or, taken for rows, one per row."""
+
+    id: Integers
+    size: Integers
+    mean: Floats
+    std: Floats  # unbiased, over size - 1; 0 for a group of one
+    length_mean: Floats  # of the rewards, weighted by the completions' lengths
+
+    def take(self, index: Integers) -> Groups:
+        """The statistics of the groups at `index`."""
+        return Groups(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+class Terms(NamedTuple):
+    """What turns the return `R` of each row into `(R - baseline) * gain`: `(n), (n)`."""
+
+    baseline: Floats
+    gain: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Credit:
+    """Fitted credit: the settings, the data set's statistics and its groups'.
+
+    `level` are the distinct rewards, ascending; `above` the fraction of rows with a greater one.
+    Rows of a fitted group are taken for the very rows it was fitted on. Groups that were not
+    fitted (held-out prompts) have their statistics computed among the rows given, so give a
+    held-out split whole. Statistics of the data set are always the fitted ones.
+    """
+
+    config: CreditConfig
+    mean: float
+    std: float  # unbiased; 0 for a single row
+    level: Floats
+    above: Floats
+    groups: Groups
+
+    def advantage(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> Floats:
+        """`(n), (n), (n) -> (n)`: one advantage a row.
+
+        Raises DataError for a reward that is missing or not finite, and if all fitted rewards
+        are equal but are to be scaled by their standard deviation.
+        """
+        baseline, gain = self.terms(reward, group, lengths)
+        return self._finish((_rewards(reward) - baseline) * gain)
+
+    def terms(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> Terms:
+        """`(n), (n), (n) -> (n), (n)`: baseline and gain of each row.
+
+        A row alone in its group gets (0, 0) or (0, 1), by the setting `singleton`, wherever its
+        group is asked for. A group whose rewards are all equal has its very reward as baseline;
+        under `group_std` its gain is 0.
+        """
+        rewards = _rewards(reward)
+        here = self.of_rows(rewards, group, lengths)
+        baseline, gain = self._baseline(rewards, here), self._gain(here)
+        if self.config.baseline in OF_GROUPS or self.config.scale == "group_std":
+            alone = here.size == 1
+            baseline = np.where(alone, 0.0, baseline)
+            gain = np.where(alone, float(self.config.singleton == "reward"), gain)
+        return Terms(baseline, gain)
+
+    def token_advantage(
+        self, steps: Sequence[tuple[int, float]], targets: int, baseline: float | None = None, gain: float | None = None
+    ) -> Floats:
+        """`k steps -> (t)`: advantages of one row with per-step rewards, `steps` being (last target position, reward).
+
+        A step's targets are those behind the previous step's last one, through its own; what
+        follows the last step (the end token) belongs to it. Under `reward_to_go` a step's return is
+        its reward plus `discount` times the next one's return, under `own` its reward alone.
+        `baseline` and `gain` are the row's terms, needed where they differ from row to row.
+        """
+        positions, values = _steps(steps, targets)
+        if self.config.steps == "none":
+            raise ConfigError(
+                "data.credit.steps: none, so there are no per-step advantages; choose reward_to_go or own"
+            )
+        if self.config.steps == "reward_to_go":
+            values = _returns(values, self.config.discount)
+        if baseline is None or gain is None:
+            baseline, gain = self._shared_terms()
+        step = np.searchsorted(positions, np.arange(targets), side="left").clip(max=len(positions) - 1)
+        return self._finish((values - baseline) * gain)[step]
+
+    def signals(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> dict[str, Floats]:
+        """What objectives may read of a whole split's rewards, by signal name: `(n)` each, `reward_max ()`.
+
+        `group_std` is over n, as in NFT. `group_above` counts among the rows given, the rest as fitted.
+        """
+        rewards = _rewards(reward)
+        here = self.of_rows(rewards, group, lengths)
+        level, rank = np.unique(rewards, return_inverse=True)
+        below = np.searchsorted(self.level, level, side="right") - 1  # the greatest fitted reward that is no greater
+        return {
+            "group_mean": here.mean,
+            "group_std": here.std * np.sqrt((here.size - 1) / here.size),
+            "group_above": _group_above(rank, _integers(group)),
+            "reward_above": np.where(below < 0, 1.0, self.above[below])[rank],
+            "reward_max": self.level[-1],
+        }
+
+    def of_rows(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> Groups:
+        """`(n), (n), (n)`: the statistics of each row's group, `(n)` each."""
+        rewards, ids, sizes = _rewards(reward), _integers(group), _lengths(lengths)
+        place = np.searchsorted(self.groups.id, ids).clip(max=len(self.groups.id) - 1)
+        new = self.groups.id[place] != ids
+        out = self.groups.take(place)
+        if new.any():
+            fresh, index = group_statistics(rewards[new], ids[new], sizes[new])
+            for field in fields(Groups):
+                getattr(out, field.name)[new] = getattr(fresh, field.name)[index]
+        return out
+
+    def _baseline(self, reward: Floats, here: Groups) -> Floats:
+        name = self.config.baseline
+        if name == "group_mean":
+            return here.mean
+        if name == "length_weighted":
+            return here.length_mean
+        if name == "leave_one_out":  # (sum - R) / (n - 1), written so that it is exact where all rewards are equal
+            return here.mean - (reward - here.mean) / np.maximum(here.size - 1, 1)
+        return np.full(len(reward), self._shared_baseline())
+
+    def _gain(self, here: Groups) -> Floats:
+        if self.config.scale == "group_std":
+            return np.where(here.std > 0, 1 / (here.std + GROUP_EPSILON), 0.0)
+        return np.full(len(here.std), self._shared_gain())
+
+    def _shared_gain(self) -> float:
+        if self.config.scale != "std":
+            return 1.0
+        if self.std == 0:
+            raise DataError(f"data.credit.scale: std, but all rewards are {self.mean:g}; use scale: none")
+        return 1 / self.std
+
+    def _shared_baseline(self) -> float:
+        if self.config.baseline in SHARED:
+            return self.mean if self.config.baseline == "mean" else 0.0
+        return float(self.config.baseline)
+
+    def _shared_terms(self) -> tuple[float, float]:
+        if self.config.baseline in OF_GROUPS or self.config.scale == "group_std":
+            raise ConfigError(
+                f"data.credit: baseline {self.config.baseline} with scale {self.config.scale} differs from row to row; "
+                "per-step advantages need the row's own terms"
+            )
+        return self._shared_baseline(), self._shared_gain()
+
+    def _finish(self, advantage: Floats) -> Floats:
+        shifted = advantage + self.config.shift
+        return shifted if self.config.clip is None else shifted.clip(-self.config.clip, self.config.clip)
+
+    def to_json(self) -> str:
+        """Everything as JSON; floats come back exactly."""
+        groups = {field.name: getattr(self.groups, field.name).tolist() for field in fields(Groups)}
+        numbers = {"mean": self.mean, "std": self.std, "level": self.level.tolist(), "above": self.above.tolist()}
+        return json.dumps({"config": asdict(self.config), **numbers, "groups": groups}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Credit:
+        """What `to_json` wrote. Raises CheckpointError for anything else."""
+        try:
+            content = json.loads(text)
+            level, above = _floats(content["level"]), _floats(content["above"])
+            config, groups = CreditConfig(**content["config"]), content["groups"]
+            ids, size = _integers(groups["id"]), _integers(groups["size"])
+            columns = [_floats(groups[name]) for name in ("mean", "std", "length_mean")]
+            return cls(config, float(content["mean"]), float(content["std"]), level, above, Groups(ids, size, *columns))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"credit: not what was saved by a run: {type(error).__name__}: {error}") from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Credit) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, and holds arrays
+
+
+def fit(
+    config: CreditConfig, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike, sources: Sequence[Any] = ()
+) -> Credit:
+    """`(n), (n), (n)`: the statistics of the training rows: rewards, integer group ids, trained tokens of each.
+
+    Raises DataError, naming the row (by `sources`, if given), for a reward that is missing or not
+    finite; ConfigError for `steps: own` with a baseline or scale made for whole sequences.
+    """
+    _require_step_units(config)
+    rewards = _rewards(reward, sources)
+    if len(rewards) == 0:
+        raise DataError("credit: found no rows to fit on, expected at least one")
+    groups, _ = group_statistics(rewards, _integers(group), _lengths(lengths))
+    level, counts = np.unique(rewards, return_counts=True)
+    equal = len(level) == 1
+    mean = float(rewards[0] if equal else rewards.mean())
+    std = 0.0 if equal else float(rewards.std(ddof=1))
+    return Credit(config, mean, std, level, (len(rewards) - counts.cumsum()) / len(rewards), groups)
+
+
+def group_statistics(reward: Floats, group: Integers, lengths: Floats) -> tuple[Groups, Integers]:
+    """`(n), (n), (n) -> g groups, (n)`: statistics of each group, and which of them each row belongs to."""
+    ids, index, size = np.unique(group, return_inverse=True, return_counts=True)
+    some = np.empty(len(ids))
+    some[index] = reward  # some member's reward: if no other differs, the means are exactly it
+    equal = np.bincount(index, reward != some[index]) == 0
+    mean = np.where(equal, some, np.bincount(index, reward) / size)
+    length_mean = np.where(equal, some, np.bincount(index, reward * lengths) / np.bincount(index, lengths))
+    squares = np.bincount(index, (reward - mean[index]) ** 2)
+    return Groups(ids, size.astype(np.int64), mean, np.sqrt(squares / np.maximum(size - 1, 1)), length_mean), index
+
+
+def _group_above(rank: Integers, group: Integers) -> Floats:
+    """`(n), (n) -> (n)`: the fraction of each row's group that has a greater rank."""
+    _, index, size = np.unique(group, return_inverse=True, return_counts=True)
+    key = index * (rank.max() + 1) + (rank.max() - rank)  # by group, greatest rank first; equal keys are ties
+    order = np.argsort(key)
+    new_key = np.diff(key[order], prepend=-1) != 0
+    ahead = np.maximum.accumulate(np.where(new_key, np.arange(len(key)), 0))  # rows before the ties, in all groups
+    out = np.empty(len(key))
+    out[order] = (ahead - (np.cumsum(size) - size)[index[order]]) / size[index[order]]
+    return out
+
+
+def _returns(rewards: Floats, discount: float) -> Floats:
+    """`(k) -> (k)`: each step's reward plus the discounted return of the next."""
+    out = rewards.copy()
+    for k in range(len(out) - 2, -1, -1):
+        out[k] += discount * out[k + 1]
+    return out
+
+
+def _steps(steps: Sequence[tuple[int, float]], targets: int) -> tuple[Integers, Floats]:
+    positions = np.array([position for position, _ in steps], np.int64)
+    rewards = np.array([reward for _, reward in steps], np.float64)
+    if len(steps) == 0 or positions[0] < 0 or positions[-1] >= targets or (np.diff(positions) <= 0).any():
+        raise DataError(f"steps: found positions {positions.tolist()}, expected ascending ones in [0, {targets})")
+    if not np.isfinite(rewards).all():
+        raise DataError(f"steps: found rewards {rewards.tolist()}, expected finite numbers")
+    return positions, rewards
+
+
+def _require_step_units(config: CreditConfig) -> None:
+    """A step's own reward is not in the unit of a sequence's: only a number may be taken from it."""
+    if config.steps == "own" and (config.baseline in ("mean", *OF_GROUPS) or config.scale != "none"):
+        raise ConfigError(
+            f"data.credit: baseline {config.baseline} with scale {config.scale} measures whole sequences, but "
+            "steps: own gives each step its own; use baseline: none or a number with scale: none, or steps: reward_to_go"
+        )
+
+
+def _rewards(reward: ArrayLike, sources: Sequence[Any] = ()) -> Floats:
+    values = np.asarray(reward, np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        place = sources[bad[0]] if len(sources) else f"row {bad[0]} of {len(values)}"
+        more = f" (and in {len(bad) - 1} more rows)" if len(bad) > 1 else ""
+        raise DataError(f"{place}: reward: found {values[bad[0]]}{more}, expected a finite number; None counts as nan")
+    return values
+
+
+def _integers(values: ArrayLike) -> Integers:
+    return np.asarray(values, np.int64)
+
+
+def _floats(values: ArrayLike) -> Floats:
+    return np.asarray(values, np.float64)
+
+
+def _lengths(lengths: ArrayLike) -> Floats:
+    values = np.asarray(lengths, np.float64)
+    if not (values > 0).all():
+        raise DataError(f"credit: found a length of {values.min():g} tokens, expected at least 1 in every row")
+    return values

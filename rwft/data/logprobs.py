@@ -1,0 +1,104 @@
+"""Log-probabilities of whole data sets: of a frozen model (cached by content), or of the policy at a snapshot."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwft.data.rows import Rows
+
+TOKENS_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True)
+class StoredLogp:
+    """One value per trained token, flat, in row order; `starts (n+1)` says where each row begins."""
+
+    values: NDArray[Any]
+    starts: NDArray[np.int64]
+
+    def __call__(self, indices: NDArray[np.int64], mask: Tensor) -> Tensor:
+        """`(b), (b t) -> (b t)`: the stored values of these rows at their trained positions, 0 elsewhere."""
+        flat = [self.values[self.starts[i] : self.starts[i + 1]] for i in indices]
+        out = torch.zeros_like(mask)
+        if float(mask.sum()) > 0:
+            out[mask > 0] = torch.as_tensor(np.concatenate(flat), dtype=mask.dtype)
+        return out
+
+
+def starts(rows: Rows) -> NDArray[np.int64]:
+    """`(n+1)`: where each row's trained tokens begin in a flat array."""
+    return np.concatenate([[0], np.cumsum(rows.trained)])
+
+
+def length_batches(length: NDArray[np.int64], indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows of similar length together, at most `TOKENS_AT_ONCE` padded tokens a batch."""
+    batches: list[NDArray[np.int64]] = []
+    current: list[int] = []
+    for index in indices[np.argsort(length[indices], kind="stable")]:
+        if current and (len(current) + 1) * int(length[index]) > TOKENS_AT_ONCE:
+            batches.append(np.asarray(current))
+            current = []
+        current.append(int(index))
+    return [*batches, np.asarray(current)] if current else batches
+
+
+def row_logp(
+    policy: Any,
+    collate: Callable[[NDArray[np.int64]], Any],
+    length: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    *,
+    device: torch.device,
+    tick: Callable[[int], None],
+) -> dict[int, NDArray[Any]]:
+    """Log-probabilities of the trained tokens of each row under `policy`, dropout off. `tick(k)` after every k rows."""
+    was_training = policy.training
+    policy.eval()
+    out: dict[int, NDArray[Any]] = {}
+    for part in length_batches(length, indices):
+        batch = collate(part).to(device)
+        logp = policy(batch.ids, batch.mask)["logp"].cpu().numpy()
+        ends = np.cumsum(batch.sequence_lengths)
+        for index, piece in zip(part, np.split(logp, ends[:-1]), strict=True):
+            out[int(index)] = piece
+        tick(len(part))
+    policy.train(was_training)
+    return out
+
+
+def cache_path(cache: Path, model: str, rows: Rows, dtype: str) -> Path:
+    """Where the log-probabilities of these rows under this model are kept: named by content alone."""
+    key = hashlib.sha256(f"logp-1:{model}:{rows.fingerprint}:{dtype}".encode()).hexdigest()
+    return cache / "logprobs" / f"{key[:40]}.npy"
+
+
+def write_cached(path: Path, values: NDArray[Any]) -> None:
+    """Write a flat array whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as handle:
+            np.save(handle, values, allow_pickle=False)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_cached(path: Path, rows: Rows) -> StoredLogp | None:
+    """The cached values, memory-mapped, or None where there are none of the right length."""
+    if not path.is_file():
+        return None
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    return StoredLogp(values, starts(rows)) if len(values) == int(rows.trained.sum()) else None

@@ -1,0 +1,188 @@
+"""From the data section of a config to tokenised rows, held-out rows, fitted credit, and a report of what became of each row."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwft.config import DataConfig, plain
+from rwft.data.adapters import Examples, read_examples
+from rwft.data.credit import Credit, fit
+from rwft.data.rows import Rows, open_rows, record, write_rows
+from rwft.data.sources import local_files
+from rwft.data.tasks import task_files
+from rwft.data.tokenize import Dropped, Tokenize
+from rwft.durable import sha256
+from rwft.errors import DataError
+from rwft.signals import SIGNALS
+
+VERSION = "rows-1"
+BLOCK = 256  # examples tokenised at once
+
+
+@dataclass
+class Report:
+    """What happened to the rows on their way: printed at the start of a run and by `rwft data`."""
+
+    description: str = ""
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def lines(self) -> list[str]:
+        """One sentence a fact."""
+        out = [self.description] if self.description else []
+        out.append(f"{self.kept} examples to train and evaluate on, from {self.read} rows")
+        out += [f"dropped {number}: {reason}" for reason, number in sorted(self.dropped.items())]
+        out += [f"{number} x {note}" for note, number in sorted(self.notes.items())]
+        return out
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows to train on, rows held out (perhaps none), and the credit fitted on the former (None without rewards)."""
+
+    train: Rows
+    held_out: Rows | None
+    credit: Credit | None
+    report: Report
+
+    def known(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        """Signals with one value a row `(n)`, or one for all `()`, of a whole split; none where rewards are missing."""
+        if self.credit is None or np.isnan(rows.reward).any():
+            return {}
+        given = (rows.reward, rows.group, rows.trained)
+        baseline, gain = self.credit.terms(*given)
+        fitted = {name: np.asarray(value) for name, value in self.credit.signals(*given).items()}
+        return {
+            "reward": rows.reward,
+            "advantage": self.credit.advantage(*given),
+            "baseline": baseline,
+            "gain": gain,
+            **fitted,
+        }
+
+
+def prepare(
+    config: DataConfig, tokenizer: Any, reads: frozenset[str], cache: Path, tick: Callable[[int], None] = lambda _: None
+) -> Prepared:
+    """Read, adapt, tokenise and split; fit credit on the training rows.
+
+    Raises DataError for rows that cannot be read and for signals that the objective reads and the data lack.
+    """
+    tokenize = Tokenize(tokenizer, config, needs_behavior="behavior_logp" in reads)
+    path, eval_path = config.path, config.eval_path
+    if config.task is not None:
+        path, eval_path = task_files(config.task, cache / "tasks")
+    report = Report()
+    rows = tokenised(path, config, tokenize, cache, report, tick)
+    if eval_path is not None:
+        held_out = tokenised(eval_path, config, tokenize, cache, Report(), tick)
+    else:
+        rows, held_out = split(rows, config.eval_fraction)
+    if len(rows) == 0:
+        raise DataError("data: no rows are left to train on: " + "; ".join(report.lines()))
+    require(rows, reads)
+    credit = None if np.isnan(rows.reward).any() else fit(config.credit, rows.reward, rows.group, rows.trained)
+    return Prepared(rows, held_out if held_out is not None and len(held_out) else None, credit, report)
+
+
+def tokenised(
+    path: Any, config: DataConfig, tokenize: Tokenize, cache: Path, report: Report, tick: Callable[[int], None]
+) -> Rows:
+    """Tokenised rows of some files, from the cache if these very files were tokenised this way before."""
+    content = content_digests(path)
+    key = json.dumps([VERSION, content, tokenize.fingerprint(), plain(config), str(path)], sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()
+    file = cache / "rows" / f"{fingerprint[:40]}.arrow"
+    summary = file.with_suffix(".json")
+    if not (file.is_file() and summary.is_file() and content is not None):
+        examples = read_examples(path, config.adapter, limit=config.limit)
+        write_rows(_records(examples, tokenize, report, tick), file)
+        report.description, report.read = examples.description, examples.ledger.rows
+        report.dropped.update(examples.ledger.dropped)
+        report.notes.update(examples.ledger.notes)
+        _save_report(report, summary)
+    else:
+        _load_report(report, summary)
+    return open_rows(file, fingerprint)
+
+
+def content_digests(path: Any) -> list[str] | None:
+    """sha256 of every local file that `path` names, in order; None if something is not local, so cannot be recognised."""
+    files = local_files(path)
+    return None if files is None else [sha256(file) for file in files]
+
+
+def _records(
+    examples: Examples, tokenize: Tokenize, report: Report, tick: Callable[[int], None]
+) -> Iterator[Mapping[str, Any]]:
+    stream = iter(examples)
+    while block := list(itertools.islice(stream, BLOCK)):
+        for example, tokens in zip(block, tokenize.batch(block), strict=True):
+            if isinstance(tokens, Dropped):
+                report.dropped[tokens.reason] += 1
+                continue
+            report.notes.update(tokens.notes)
+            report.kept += 1
+            yield record(example, tokens)
+        tick(len(block))
+
+
+def _save_report(report: Report, path: Path) -> None:
+    content = {"description": report.description, "read": report.read, "kept": report.kept}
+    content |= {"dropped": dict(report.dropped), "notes": dict(report.notes)}
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _load_report(report: Report, path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    report.description, report.read, report.kept = content["description"], content["read"], content["kept"]
+    report.dropped.update(content["dropped"])
+    report.notes.update(content["notes"])
+
+
+def split(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
+    """Hold out a fraction of the *prompts*: all rows of a group go to one side, whatever the order or the seed."""
+    if fraction == 0:
+        return rows, rows.subset(np.zeros(len(rows), dtype=bool), "none")
+    names = rows.table["group"].to_pylist()
+    held = np.array(
+        [_share(name if name is not None else f"row {index}") < fraction for index, name in enumerate(names)]
+    )
+    if held.all() or not held.any():
+        held = np.zeros(len(rows), dtype=bool)
+    return rows.subset(~held, f"train {fraction}"), rows.subset(held, f"held out {fraction}")
+
+
+def _share(name: str) -> float:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def require(rows: Rows, reads: frozenset[str]) -> None:
+    """Refuse data that lack what the objective reads, naming a row that lacks it."""
+    needs = sorted(name for name in reads if name == "reward" or SIGNALS[name].source == "credit")
+    if needs and np.isnan(rows.reward).any():
+        index = int(np.flatnonzero(np.isnan(rows.reward))[0])
+        raise DataError(
+            f"{rows.source(index)}: no reward, but the objective reads {', '.join(needs)}; give a reward column, "
+            "e.g. adapter: {name: scored, reward: <column>}, or choose an objective without rewards, such as sft"
+        )
+    if "behavior_logp" in reads and not rows.has("behavior_logp"):
+        import pyarrow.compute as pc
+
+        index = int(np.flatnonzero(np.asarray(pc.is_null(rows.table["behavior_logp"])))[0])
+        raise DataError(
+            f"{rows.source(index)}: no log-probabilities of the behaviour policy, but the objective reads behavior_logp; "
+            "give them in the data (a list per completion), or choose an objective that reads ref_logp, such as iw_sft"
+        )

@@ -1,0 +1,90 @@
+"""What frozen models say about the rows: computed once before training, each rank its share, kept by content."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rwft.config import Config
+from rwft.data.batching import Collate, Stored
+from rwft.data.logprobs import StoredLogp, cache_path, read_cached, row_logp, starts, write_cached
+from rwft.data.rows import Rows
+from rwft.errors import ConfigError
+from rwft.policy import Policy, fingerprint, load_frozen
+from rwft.progress import Display
+
+
+@dataclass(frozen=True)
+class FrozenModels:
+    """The reference (by default the policy as it starts) and the auxiliary model."""
+
+    config: Config
+    policy: Policy  # as it starts
+    accelerator: Any
+    display: Display
+
+    def signals(self, reads: frozenset[str], rows: Rows) -> tuple[dict[str, Stored], dict[str, NDArray[Any]]]:
+        """The signals among `reads` that frozen models give: by row and position, and by row or for all rows."""
+        stored: dict[str, Stored] = {}
+        known: dict[str, NDArray[Any]] = {}
+        if reads & {"ref_logp", "ref_nll_median", "ref_nll_z"}:
+            reference = self.logp(
+                "reference", self.policy if self.config.reference.path is None else self.load("reference"), rows
+            )
+            stored["ref_logp"] = reference
+            known |= nll_statistics(reference, rows)
+        if "aux_logp" in reads:
+            stored["aux_logp"] = self.logp("auxiliary", self.load("auxiliary"), rows)
+        return stored, known
+
+    def live_reference(self) -> Policy:
+        """The reference as a model of its own, for regularisers that read its whole distribution."""
+        if self.config.reference.path is not None:
+            return self.load("reference")
+        frozen = copy.deepcopy(self.policy).eval()
+        return frozen.requires_grad_(False)
+
+    def load(self, section: str) -> Policy:
+        """The model of the config's section `reference` or `auxiliary`."""
+        model = getattr(self.config, section)
+        if model.path is None:
+            raise ConfigError(
+                f"{section}.path: the objective reads {section[:3]}_logp; name a model folder or Hub model"
+            )
+        return load_frozen(model, self.config.model.dtype, self.config.model.attention, self.accelerator.device)
+
+    def logp(self, what: str, model: Policy, rows: Rows) -> StoredLogp:
+        """Log-probabilities of every trained token of every row, from the cache if this model met these rows before."""
+        from accelerate.utils import gather_object
+
+        path = cache_path(Path(self.config.cache).expanduser(), fingerprint(model), rows, self.config.model.dtype)
+        found = read_cached(path, rows)
+        self.accelerator.wait_for_everyone()
+        if found is not None:
+            self.display.say(f"{what} log-probabilities of {len(rows)} rows: from the cache")
+            return found
+        mine = np.arange(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        plain = Collate(rows, frozenset(), pad=0, dtype=model.float_dtype)
+        tick = self.display.ticker(f"{what} log-probabilities", len(mine))
+        parts = gather_object([row_logp(model, plain, rows.length, mine, device=self.accelerator.device, tick=tick)])
+        merged = {index: values for part in parts for index, values in part.items()}
+        flat = np.concatenate([merged[index] for index in range(len(rows))])
+        if self.accelerator.is_main_process:
+            write_cached(path, flat)
+        return StoredLogp(flat, starts(rows))
+
+
+def nll_statistics(logp: StoredLogp, rows: Rows) -> Mapping[str, NDArray[Any]]:
+    """Over the data set, of each sequence's mean NLL: its median `()` and each row's z-score `(n)`."""
+    nll = -np.add.reduceat(logp.values.astype(np.float64), logp.starts[:-1]) / rows.trained
+    spread = nll.std()
+    return {
+        "ref_nll_median": np.asarray(np.median(nll)),
+        "ref_nll_z": (nll - nll.mean()) / (spread if spread > 0 else 1.0),
+    }

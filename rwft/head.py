@@ -1,0 +1,343 @@
+"""The loss head: from hidden states to a weighted loss and its gradients, without full logits.
+
+Coefficients are detached, so the gradients of the hidden states and of the projection are made
+while a chunk of logits is at hand; autograd only multiplies them by the upstream scalar. The head
+knows nothing of objectives: `weigh` turns measured signals into coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwft.errors import ObjectiveError, PolicyError, RwftError
+from rwft.head_tiled import token_logprobs
+from rwft.regularizers import Penalty, differentiate
+from rwft.softmax import (
+    Projection,
+    Vocabulary,
+    accumulate_,
+    accumulate_rows_,
+    blocks,
+    check_shapes,
+    check_signals,
+    equal_slices,
+    finish_,
+    measure_,
+    merge,
+    precision,
+    store_,
+    subtract_target_,
+    within,
+)
+
+__all__ = ["HeadResult", "Vocabulary", "distribution_signals", "token_logprobs", "weighted_loss"]
+
+MIN_BUDGET, MAX_BUDGET = 32 << 20, 256 << 20  # bytes of a chunk of logits; in between, a quarter of the gradients
+Weigh = Callable[[dict[str, Tensor], slice], Tensor]
+Reference = tuple[Tensor, Vocabulary]
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """What the head made of `n` positions. `loss` is differentiable in hidden states, weight and bias; all else is detached."""
+
+    loss: Tensor  # ()
+    logp: Tensor  # (n)
+    signals: dict[str, Tensor]  # {name: (n)}: logp and what was asked for
+    coefficients: Tensor  # (n), what `weigh` returned
+    penalties: dict[str, Tensor]  # {regularizer: ()}: mean over positions, without coefficient or scale
+
+
+def weighted_loss(
+    hidden: Tensor,
+    vocabulary: Vocabulary,
+    targets: Tensor,
+    weigh: Weigh,
+    *,
+    segments: Sequence[int] | Tensor | None = None,
+    signals: Sequence[str] = (),
+    penalties: Sequence[Penalty] = (),
+    penalty_scale: Tensor | None = None,
+    reference: Reference | None = None,
+    budget: int | None = None,
+) -> HeadResult:
+    """`(n h), (v h), (n) -> ()`: `-(c * logp).sum() + sum_k coef_k * (penalty_scale * penalty_k).sum()`.
+
+    `hidden` holds trained positions only. `weigh(signals, positions)` is called without gradient, in
+    order, once per group of whole `segments` (lengths that sum to n; None: every position stands
+    alone), with `{"logp": (k), ...}` of those positions in float32 or better; it returns `c`, `(k)`.
+    `signals` asks for more than `logp` (see `rwft.softmax.SIGNALS`). `penalty_scale` is `(n)`;
+    `reference` is the reference policy's hidden states `(n h')` and projection, for penalties that
+    read it. `budget` is the workspace in bytes. Where gradients are disabled, none are made.
+
+    A group that fits the workspace, or any group if the projection is frozen, takes one pass; else,
+    and with penalties, log-probabilities come first and gradients second. Raises PolicyError for
+    shapes or targets that do not fit, ObjectiveError for unknown signals or wrong coefficients.
+    """
+    check_shapes(hidden, vocabulary, targets)
+    check_signals(signals)
+    most = chunk_rows(hidden, vocabulary, reference, budget)
+    groups = cut(segments, hidden.shape[0], most)
+    policy = Projection.of(hidden, vocabulary, most)
+    regularised = _Regularised.begin(penalties, penalty_scale, reference, policy, most) if penalties else None
+    once = len(groups) <= 1 and hidden.shape[0] <= most
+    gradients = _Gradients.like(hidden, vocabulary, policy.vocabulary.weight.dtype if once else policy.exact)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(policy, targets, signals, most, gradients, regularised)
+        measured = merge([head.descend(rows, weigh) for rows in groups] or [head.nothing("coefficients")])
+        coefficients = measured.pop("coefficients")
+        value = -(coefficients * measured["logp"]).sum()
+        if regularised is not None:
+            value += regularised.loss()
+    loss = _GivenGradients.apply(value, gradients, hidden, vocabulary.weight, vocabulary.bias)
+    means = {} if regularised is None else regularised.means()
+    return HeadResult(loss, measured["logp"], measured, coefficients, means)
+
+
+def distribution_signals(
+    hidden: Tensor, vocabulary: Vocabulary, targets: Tensor, names: Sequence[str], *, budget: int | None = None
+) -> dict[str, Tensor]:
+    """`(n h), (v h), (n) -> {name: (n)}`: signals by name (`rwft.softmax.SIGNALS`), without gradient, chunk by chunk.
+
+    Float32, or float64 if an input is. Raises PolicyError for shapes or targets that do not fit,
+    ObjectiveError for unknown names.
+    """
+    check_shapes(hidden, vocabulary, targets)
+    check_signals(names)
+    most = chunk_rows(hidden, vocabulary, None, budget)
+    policy = Projection.of(hidden, vocabulary, most)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(policy, targets, names, most, _Gradients(None, None, None), None)
+        measured = merge([head.measure(rows) for rows in equal_slices(0, hidden.shape[0], most)] or [head.nothing()])
+    return {name: measured[name] for name in names}
+
+
+def chunk_rows(hidden: Tensor, vocabulary: Vocabulary, reference: Reference | None, budget: int | None) -> int:
+    """Rows of logits that fit `budget` bytes; by default a quarter of what the gradients take, within 32 to 256 MiB."""
+    outputs = (hidden.numel() + vocabulary.weight.numel()) * hidden.element_size()
+    budget = budget if budget is not None else min(max(outputs // 4, MIN_BUDGET), MAX_BUDGET)
+    projections = [(hidden, vocabulary)] if reference is None else [(hidden, vocabulary), reference]
+    return max(1, budget // sum(v.size * precision(x, v.weight).product.itemsize for x, v in projections))
+
+
+def cut(segments: Sequence[int] | Tensor | None, n: int, most: int) -> list[slice]:
+    """Positions `0:n` as groups of whole segments that fit `most` positions; a longer segment is a group of its own."""
+    if segments is None:
+        return list(equal_slices(0, n, most))
+    lengths = [int(length) for length in segments]
+    if min(lengths, default=0) < 0 or sum(lengths) != n:
+        raise PolicyError(f"head: segments sum to {sum(lengths)}; expected lengths >= 0 that sum to {n} positions")
+    return list(_pack(lengths, most))
+
+
+def _pack(lengths: Sequence[int], most: int) -> Iterator[slice]:
+    total = sum(lengths)
+    share = -(-total // max(1, -(-total // most)))  # so that the last group is not a small remainder
+    start = stop = 0
+    for length in lengths:
+        if stop > start and (stop - start >= share or stop - start + length > most):
+            yield slice(start, stop)
+            start = stop
+        stop += length
+    if stop > start:
+        yield slice(start, stop)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Where the gradients of hidden states, weight and bias gather; None where nobody asks."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def like(cls, hidden: Tensor, vocabulary: Vocabulary, summed: torch.dtype) -> _Gradients:
+        """Zeros for what requires a gradient, if gradients are enabled; sums of several chunks in precision `summed`."""
+
+        def zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            wanted = like is not None and like.requires_grad and torch.is_grad_enabled()
+            return torch.zeros_like(like, dtype=dtype) if wanted else None
+
+        return cls(zeros(hidden, hidden.dtype), zeros(vocabulary.weight, summed), zeros(vocabulary.bias, summed))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the projection gets no gradient."""
+        return self.weight is None and self.bias is None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One policy's hidden states on their way to measured signals, coefficients and gradients."""
+
+    policy: Projection
+    targets: Tensor
+    names: Sequence[str]
+    most: int
+    gradients: _Gradients
+    regularised: _Regularised | None
+
+    def descend(self, rows: slice, weigh: Weigh) -> dict[str, Tensor]:
+        """Signals and coefficients, `(k)` each, of one group; its gradients are added where they gather."""
+        parts = list(equal_slices(rows.start, rows.stop, self.most))
+        if self.regularised is None and (len(parts) == 1 or self.gradients.frozen):
+            measured = merge([self.unit(part) for part in parts])
+            c = self.coefficients(weigh, measured, rows)
+            self.scale(rows, c)
+        else:
+            measured = merge([self.measure(part) for part in parts])
+            c = self.coefficients(weigh, measured, rows)
+            for part in parts:
+                at_hand = self.policy.buffer[: part.stop - part.start] if len(parts) == 1 else None
+                self.learn(part, c[part.start - rows.start : part.stop - rows.start], at_hand)
+        return measured | {"coefficients": c}
+
+    def coefficients(self, weigh: Weigh, measured: dict[str, Tensor], rows: slice) -> Tensor:
+        c = weigh(dict(measured), rows)
+        if c.shape != measured["logp"].shape:
+            raise ObjectiveError(f"head: found coefficients {tuple(c.shape)}, expected {tuple(measured['logp'].shape)}")
+        return c.detach().to(self.policy.exact)
+
+    def nothing(self, *names: str) -> dict[str, Tensor]:
+        """Signals of no position."""
+        return {name: self.policy.x.new_zeros(0, dtype=self.policy.exact) for name in ("logp", *self.names, *names)}
+
+    def measure(self, part: slice) -> dict[str, Tensor]:
+        """Signals `(k)` of one chunk, which stays in the buffer as products."""
+        products = self.policy.products(part)
+        found = []
+        for block in blocks(products):
+            z = products[block].to(self.policy.exact, copy=True)
+            finish_(z, self.policy.vocabulary)
+            found.append(measure_(z, self.targets[within(part, block)], self.names))
+        return merge(found)
+
+    def unit(self, part: slice) -> dict[str, Tensor]:
+        """Signals `(k)` of one chunk; the gradients by products and hidden states are left for coefficients of one."""
+        products = self.policy.products(part)
+        found = []
+        for block in blocks(products):
+            z = products[block].to(self.policy.exact)
+            slope = finish_(z, self.policy.vocabulary)
+            targets = self.targets[within(part, block)]
+            found.append(measure_(z, targets, self.names))
+            store_(products, block, subtract_target_(z, targets), slope)
+        if self.gradients.hidden is not None:
+            self.gradients.hidden[part] = products @ self.policy.vocabulary.weight
+        return merge(found)
+
+    def scale(self, rows: slice, c: Tensor) -> None:
+        """Coefficients for what `unit` left: the gradient is linear in them."""
+        factor = c * self.policy.vocabulary.scale
+        if self.gradients.hidden is not None:
+            self.gradients.hidden[rows] *= factor[:, None]
+        if not self.gradients.frozen:
+            self.project(self.policy.buffer[: rows.stop - rows.start], rows, factor)
+
+    def project(self, products: Tensor, rows: slice, factor: Tensor) -> None:
+        """`(k v), (k)`: adds the gradients of weight and bias, given those by products."""
+        if self.gradients.weight is not None:
+            x = self.policy.x[rows]
+            accumulate_(self.gradients.weight, products, (x * factor[:, None]).to(x.dtype))
+        if self.gradients.bias is not None:
+            accumulate_rows_(self.gradients.bias, products, factor)
+
+    def learn(self, part: slice, c: Tensor, products: Tensor | None) -> None:
+        """All gradients of one chunk, its coefficients and penalties known; `products` if they are at hand."""
+        products = self.policy.products(part) if products is None else products
+        ref_products = None if self.regularised is None else self.regularised.products(part)
+        for block in blocks(products):
+            rows, z = within(part, block), products[block].to(self.policy.exact)
+            slope = finish_(z, self.policy.vocabulary)
+            extra = None
+            if self.regularised is not None:
+                extra = self.regularised.gradient(z, self.targets[rows], rows, ref_products, block)
+            torch.softmax(z, dim=-1, out=z)
+            subtract_target_(z, self.targets[rows]).mul_(c[block, None])
+            store_(products, block, z if extra is None else z.add_(extra), slope)
+        factor = torch.full_like(c, self.policy.vocabulary.scale)
+        if self.gradients.hidden is not None:
+            self.gradients.hidden[part] = (products @ self.policy.vocabulary.weight) * self.policy.vocabulary.scale
+        self.project(products, part, factor)
+
+
+@dataclass(frozen=True)
+class _Regularised:
+    """Penalties, their scale per position, the reference they may read, and what they came to."""
+
+    penalties: Sequence[Penalty]
+    scale: Tensor  # (n)
+    reference: Projection | None
+    values: dict[str, Tensor]  # {name: (n)}
+
+    @classmethod
+    def begin(
+        cls, penalties: Sequence[Penalty], scale: Tensor | None, reference: Reference | None, policy: Projection, most: int
+    ) -> _Regularised:
+        n = policy.x.shape[0]
+        if scale is None or scale.shape != (n,):
+            found = None if scale is None else tuple(scale.shape)
+            raise ObjectiveError(f"head: penalty_scale: found {found}, expected ({n},), one for each position")
+        reader = next((penalty.name for penalty in penalties if "ref_logp_all" in penalty.reads), None)
+        if reader is not None and reference is None:
+            raise ObjectiveError(f"regularizer '{reader}' reads ref_logp_all, but no reference policy was given")
+        if reader is None or reference is None:
+            reference = None
+        elif reference[1].size != policy.vocabulary.size or reference[0].shape[0] != n:
+            found = f"{reference[0].shape[0]} positions and {reference[1].size} tokens"
+            expected = f"{n} and {policy.vocabulary.size}, as the policy has"
+            raise PolicyError(f"head: the reference policy gives {found}; expected {expected}")
+        values = {penalty.name: policy.x.new_zeros(n, dtype=policy.exact) for penalty in penalties}
+        projection = None if reference is None else Projection.of(*reference, most)
+        return cls(penalties, scale.detach().to(policy.exact), projection, values)
+
+    def products(self, part: slice) -> Tensor | None:
+        return None if self.reference is None else self.reference.products(part)
+
+    def gradient(self, logits: Tensor, targets: Tensor, rows: slice, ref_products: Tensor | None, block: slice) -> Tensor:
+        """`(k v), (k) -> (k v)`: gradient of the penalties' part of the loss by logits; keeps the penalties."""
+        ref_logp_all = None
+        if self.reference is not None and ref_products is not None:
+            ref_logp_all = ref_products[block].to(self.reference.exact)
+            finish_(ref_logp_all, self.reference.vocabulary)
+            ref_logp_all = ref_logp_all.log_softmax(dim=-1).to(logits.dtype)
+        gradient, values = differentiate(self.penalties, logits, targets, ref_logp_all, self.scale[rows])
+        for name, value in values.items():
+            self.values[name][rows] = value
+        return gradient
+
+    def loss(self) -> Tensor:
+        """`()`: the penalties' part of the loss."""
+        terms = [penalty.coef * (self.scale * self.values[penalty.name]).sum() for penalty in self.penalties]
+        return torch.stack(terms).sum()
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: value.sum() / max(1, value.shape[0]) for name, value in self.values.items()}
+
+
+class _GivenGradients(torch.autograd.Function):
+    """A loss whose gradients are known: backward multiplies them by the upstream scalar and hands them over."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, gradients: _Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.gradients = [gradients.hidden, gradients.weight, gradients.bias]
+        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RwftError("head: backward ran twice through one loss; its gradients were handed over the first time")
+        handed, ctx.gradients = ctx.gradients, None
+        pairs = zip(handed, ctx.dtypes, strict=True)
+        return None, None, *(None if g is None else g.mul_(upstream).to(dtype) for g, dtype in pairs)

@@ -1,0 +1,195 @@
+"""Token log-probabilities in two passes over tiles of the vocabulary, for any loss.
+
+Forward keeps one log-probability and one log-normaliser per token. Backward makes the logits anew,
+tile by tile, so that each tile of the projection's gradient is written once: beside the gradients
+themselves, the workspace is one tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwft.softmax import (
+    Precision,
+    Vocabulary,
+    accumulate_,
+    accumulate_rows_,
+    blocks,
+    check_shapes,
+    equal_slices,
+    finish_,
+    normalise_,
+    precision,
+    store_,
+    within,
+)
+
+MIN_BUDGET, MAX_BUDGET = 8 << 20, 64 << 20  # bytes of a tile; in between, a sixteenth of the gradients
+WIDE = 4096  # columns of a tile before rows are divided too
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    budget: int | None = None,
+) -> Tensor:
+    """`(b t h), (v h), (b t) -> (b t)`: log-probability of each target, in nats, without full logits.
+
+    Any leading shape. Logits are `cap(scale * (hidden @ head_weight.T + bias))`, the cap `c tanh(z / c)`.
+    Differentiable in `hidden`, `head_weight` and `bias`, with any upstream gradient per token; costs
+    four matrix products instead of three. The result is float32, float64 if an input is. `budget` is
+    the workspace in bytes. Raises PolicyError for shapes or targets that do not fit.
+    """
+    vocabulary = Vocabulary(head_weight, bias, scale, softcap)
+    check_shapes(hidden, vocabulary, targets)
+    x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    return _TokenLogprobs.apply(x, head_weight, bias, y, scale, softcap, budget).reshape(targets.shape)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        budget: int | None,
+    ) -> Tensor:
+        kinds = precision(hidden, weight)
+        vocabulary = Vocabulary(weight, bias, scale, softcap)
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = _Tiles(hidden.to(kinds.product), vocabulary.cast(kinds.product, kinds.exact), targets, kinds, budget)
+            logp, lse = tiles.normalise()
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.settings = scale, softcap, budget, kinds
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        scale, softcap, budget, kinds = ctx.settings
+        vocabulary = Vocabulary(weight, bias, scale, softcap)
+        with torch.autocast(hidden.device.type, enabled=False):
+            tiles = _Tiles(hidden.to(kinds.product), vocabulary.cast(kinds.product, kinds.exact), targets, kinds, budget)
+            inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            wanted = [like if need else None for like, need in inputs]
+            return *tiles.gradients(lse, upstream, wanted), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Hidden states `(n h)` and a vocabulary, both in the precision of products, cut into tiles of logits."""
+
+    x: Tensor
+    vocabulary: Vocabulary
+    targets: Tensor
+    kinds: Precision
+    budget: int | None
+
+    def cut(self) -> tuple[int, int]:
+        """Rows and columns of a tile."""
+        n, h = self.x.shape
+        v, size = self.vocabulary.size, self.kinds.product.itemsize
+        budget = self.budget or min(max((n + v) * h * size // 16, MIN_BUDGET), MAX_BUDGET)
+        area = max(1, budget // size)
+        rows = max(1, min(n, max(area // WIDE, 1)))
+        return rows, max(1, min(v, area // rows))
+
+    def tiles(self, columns: slice, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """The products `(rows columns)` of each slice of rows, in a buffer that is used again."""
+        weight, n = self.vocabulary.weight[columns], self.x.shape[0]
+        buffer = self.x.new_empty(min(rows, n), weight.shape[0])
+        for part in equal_slices(0, n, rows):
+            yield part, torch.mm(self.x[part], weight.T, out=buffer[: part.stop - part.start])
+
+    def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Where the targets of these rows stand in these columns, `(k 1)`, and whether they do."""
+        place = self.targets[rows, None] - columns.start
+        inside = (place >= 0) & (place < columns.stop - columns.start)
+        return place.where(inside, 0), inside
+
+    def normalise(self) -> tuple[Tensor, Tensor]:
+        """`-> (n), (n)`: log-probability of each target and log-normaliser, over tiles of the vocabulary."""
+        rows, most = self.cut()
+        exact = self.kinds.exact
+        top = self.x.new_full((self.x.shape[0], 1), float("-inf"), dtype=exact)
+        total, chosen = torch.zeros_like(top), torch.zeros_like(top)
+        for columns in equal_slices(0, self.vocabulary.size, most):
+            tile = self.vocabulary.tile(columns)
+            for part, products in self.tiles(columns, rows):
+                for block in blocks(products):
+                    here = within(part, block)
+                    z = products[block].to(exact)
+                    finish_(z, tile)
+                    place, inside = self.local(here, columns)
+                    chosen[here] += z.gather(1, place).where(inside, 0.0)
+                    _merge_(top[here], total[here], *normalise_(z))
+        return (chosen - top - total.log())[:, 0], (top + total.log())[:, 0]
+
+    def gradients(self, lse: Tensor, upstream: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """`(n), (n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, each like its input, or None."""
+        rows, most = self.cut()
+        hidden, weight, bias = wanted
+        factor = (upstream * -self.vocabulary.scale).to(self.kinds.exact)
+        fx = (self.x * factor[:, None]).to(self.x.dtype)
+        dx = None if hidden is None else torch.zeros_like(hidden, dtype=self.kinds.exact)
+        dw, db = (None if like is None else torch.empty_like(like) for like in (weight, bias))
+        for columns in equal_slices(0, self.vocabulary.size, most):
+            tile = self.vocabulary.tile(columns)
+            dw_tile, db_tile = (self._start(like, columns) for like in (dw, db))
+            for part, products in self.tiles(columns, rows):
+                self._unit_(products, part, columns, lse)
+                if dx is not None:
+                    accumulate_(dx[part], products.T, tile.weight)
+                if dw_tile is not None:
+                    accumulate_(dw_tile, products, fx[part])
+                if db_tile is not None:
+                    accumulate_rows_(db_tile, products, factor[part])
+            _store(dw, dw_tile, columns)
+            _store(db, db_tile, columns)
+        return [None if dx is None or hidden is None else dx.mul_(factor[:, None]).to(hidden.dtype), dw, db]
+
+    def _unit_(self, products: Tensor, part: slice, columns: slice, lse: Tensor) -> None:
+        """`(k v)`: in place, from products to minus the gradient of `logp` by them, the scale left out."""
+        tile = self.vocabulary.tile(columns)
+        for block in blocks(products):
+            here = within(part, block)
+            z = products[block].to(self.kinds.exact)
+            slope = finish_(z, tile)
+            z.sub_(lse[here, None]).exp_()
+            place, inside = self.local(here, columns)
+            z.scatter_add_(1, place, -inside.to(z.dtype))
+            store_(products, block, z, slope)
+
+    def _start(self, total: Tensor | None, columns: slice) -> Tensor | None:
+        """Zeros to accumulate these columns in: in place where the precision allows."""
+        if total is None or total.dtype == self.kinds.exact:
+            return None if total is None else total[columns].zero_()
+        return torch.zeros_like(total[columns], dtype=self.kinds.exact)
+
+
+def _store(total: Tensor | None, part: Tensor | None, columns: slice) -> None:
+    if total is not None and part is not None and total.dtype != part.dtype:
+        total[columns] = part
+
+
+def _merge_(top: Tensor, total: Tensor, new_top: Tensor, log_peak: Tensor) -> None:
+    """`(k 1)` each: in place, the running largest logit and sum of `exp(logit - largest)` over one more tile."""
+    largest = torch.maximum(top, new_top)
+    total.mul_((top - largest).exp_()).add_((new_top - log_peak - largest).exp_())
+    top.copy_(largest)

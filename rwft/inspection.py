@@ -1,0 +1,150 @@
+"""What `rwft data` says: what is in the rows, what would be trained, and what the weights would be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from rwft.config import Config, load_config, resolve
+from rwft.data.adapters import read_examples
+from rwft.data.prepare import Prepared, prepare
+from rwft.data.rows import Rows
+from rwft.progress import Display
+from rwft.weighting import Objective, build_objective
+
+BARS = " ▏▎▍▌▋▊▉█"
+BINS = 12
+CARRIERS = 5
+
+
+def inspect_command(source: str, overrides: Sequence[str]) -> None:
+    """`rwft data`: a config shows tokens and weights, a bare file shows its rows."""
+    with Display(Console(), main=True) as display:
+        if Path(source).suffix in (".yaml", ".yml"):
+            inspect_config(load_config(source, overrides), display)
+        else:
+            config = resolve({"model": {"path": "unused"}, "data": {"path": source}}, overrides, source)
+            inspect_file(config, display)
+
+
+def inspect_file(config: Config, display: Display) -> None:
+    """Format, mapping, rewards, lengths in characters and groups of rows that no tokenizer has seen."""
+    examples = read_examples(config.data.path, config.data.adapter, limit=config.data.limit)
+    rewards: list[float] = []
+    lengths: list[int] = []
+    groups: Counter[str | None] = Counter()
+    tick = display.ticker("reading rows")
+    for example in examples:
+        tick(1)
+        if example.reward is not None:
+            rewards.append(example.reward)
+        lengths.append(len(example.completion) if isinstance(example.completion, str) else len(str(example.completion)))
+        groups[example.group] += 1
+    display.say(examples.description, f"{examples.ledger.rows} rows, {len(lengths)} examples")
+    display.say(*(f"dropped {n}: {reason}" for reason, n in sorted(examples.ledger.dropped.items())))
+    display.say(*(f"{n} x {note}" for note, n in sorted(examples.ledger.coerced.items())))
+    _distribution(display, "reward", np.asarray(rewards), len(lengths))
+    _distribution(display, "characters in a completion", np.asarray(lengths, dtype=np.float64), len(lengths))
+    _group_sizes(display, np.asarray([size for group, size in groups.items() if group is not None]))
+
+
+def inspect_config(config: Config, display: Display) -> None:
+    """The rows as a run of this config would train on them, and the weights if the data alone decide them."""
+    from rwft.policy import load_tokenizer
+
+    objective = build_objective(config.objective)
+    tokenizer = load_tokenizer(config.model)
+    tick = display.ticker("reading and tokenising rows")
+    data = prepare(config.data, tokenizer, objective.reads, Path(config.cache).expanduser(), tick)
+    display.say(*data.report.lines())
+    held_out = len(data.held_out) if data.held_out is not None else 0
+    display.say(f"{len(data.train)} rows to train on, {held_out} held out")
+    known = data.train.reward[~np.isnan(data.train.reward)]
+    _distribution(display, "reward", known, len(data.train))
+    _distribution(display, "trained tokens in a row", data.train.trained.astype(np.float64), len(data.train))
+    _distribution(display, "tokens in a row", data.train.length.astype(np.float64) + 1, len(data.train))
+    _group_sizes(display, np.bincount(data.train.group)[np.unique(data.train.group)])
+    show_weights(objective, data, display)
+
+
+def show_weights(objective: Objective, data: Prepared, display: Display) -> None:
+    """Histogram, effective sample size and the rows that carry the update, where data alone decide the weights."""
+    weights = data_weights(objective, data)
+    if weights is None:
+        beyond = ", ".join(sorted(objective.reads - {"reward", "advantage"}))
+        display.say(f"weights of '{objective}' depend on more than rewards ({beyond}); they are known once it trains")
+        return
+    _distribution(display, f"weight under '{objective}'", weights, len(weights))
+    tokens = data.train.trained
+    mass = np.abs(weights) * tokens
+    ess = effective_sample_size(weights)
+    display.say(
+        f"effective sample size: {ess:.1f} of {len(weights)} rows ({ess / len(weights):.1%}); weight zero: {(weights == 0).sum()}"
+    )
+    if mass.sum() > 0:
+        top = np.argsort(-mass, kind="stable")[:CARRIERS]
+        rows = [
+            (str(data.train.source(int(i))), float(weights[i]), int(tokens[i]), f"{mass[i] / mass.sum():.2%}")
+            for i in top
+        ]
+        display.table("rows that carry most of it", ["row", "weight", "tokens", "share"], rows)
+
+
+def effective_sample_size(weights: NDArray[np.float64]) -> float:
+    """(sum w)^2 / sum w^2: how many equally weighted rows would give as noisy an average."""
+    square = float(np.square(weights).sum())
+    return float(weights.sum()) ** 2 / square if square > 0 else 0.0
+
+
+def data_weights(objective: Objective, data: Prepared) -> NDArray[np.float64] | None:
+    """`(n)`: the weight of each training row, or None if it depends on more than the row's reward and advantage."""
+    if not objective.reads <= {"reward", "advantage"} or data.credit.config.steps != "none":
+        return None
+    rows: Rows = data.train
+    known: dict[str, Any] = {"reward": rows.reward, "advantage": data.advantages(rows)}
+    signals = {name: torch.as_tensor(value)[:, None] for name, value in known.items()}
+    return objective(signals).expand(len(rows), 1).squeeze(1).double().numpy()
+
+
+def _distribution(display: Display, what: str, values: NDArray[np.float64], rows: int) -> None:
+    """Mean, spread and a histogram in text; exact counts where there are few distinct values."""
+    if len(values) == 0:
+        display.say(f"{what}: none")
+        return
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+    display.say(
+        f"{what}: mean {values.mean():.4g}, std {values.std():.4g}, min {values.min():.4g}, 5% {low:.4g}, median {middle:.4g}, "
+        f"95% {high:.4g}, max {values.max():.4g}"
+        + (f" ({rows - len(values)} rows have none)" if len(values) < rows else "")
+    )
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= BINS:
+        labels = [f"{value:.4g}" for value in distinct]
+    else:
+        counts, edges = np.histogram(values, bins=BINS)
+        labels = [f"{a:.4g} to {b:.4g}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    width = max(map(len, labels))
+    for label, number in zip(labels, counts, strict=True):
+        display.say(f"  {label:>{width}}  {_bar(number / counts.max())} {number}")
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * 8 * 24)
+    return "█" * (eighths // 8) + (BARS[eighths % 8] if eighths % 8 else "")
+
+
+def _group_sizes(display: Display, sizes: NDArray[np.int64]) -> None:
+    if len(sizes) == 0:
+        display.say("groups: none")
+        return
+    alone = int((sizes == 1).sum())
+    display.say(
+        f"groups: {len(sizes)}, of {sizes.min()} to {sizes.max()} rows (median {np.median(sizes):.4g}); {alone} of a single row"
+    )

@@ -1,0 +1,79 @@
+r"""Residuals as weights: regression of the log ratio on rewards, signed and self-correcting.
+
+Each weight is what a squared error leaves to explain, so it changes sign when the policy has gone far
+enough: negative rewards need no clip here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rwft.bounds import NonNegative, Positive
+from rwft.objectives.logspace import sequence_log_ratio
+from rwft.weighting import objective
+
+
+@objective
+def dro(
+    logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, mask: Tensor, *, temperature: Positive = 1.0
+) -> Tensor:
+    r"""Direct reward optimisation: $w = \tau (r - V - \tau \log K)$, $\log K = \log \pi(y) - \log \pi_{ref}(y)$.
+
+    Why: the best policy under a KL penalty satisfies $r = V + \tau \log K$ for every completion; this is half the
+    gradient's squared residual of it. Any data will do.
+    Limits: zero on every completion exactly when $\pi = \pi_{ref} e^{(r - V)/\tau}$; at $\pi = \pi_{ref}$ it is
+    reinforce with the value as baseline, times the temperature.
+    Negative rewards: pushed until the log ratio accounts for them, then held.
+    Reference: arXiv 2405.19107 (DRO-V), the policy's loss; the value comes with the data.
+    Warning: other methods are called DRO too (verl's adds $- \beta \log \rho_t$ to a token's advantage).
+    """
+    return temperature * (reward - value - temperature * sequence_log_ratio(logp, ref_logp, mask))
+
+
+@objective
+def a_star_po(
+    logp: Tensor,
+    ref_logp: Tensor,
+    reward: Tensor,
+    group: Tensor,
+    mask: Tensor,
+    *,
+    value_temperature: Positive = 0.5,
+    temperature: Positive = 1e-3,
+) -> Tensor:
+    r"""A*-PO: $w = 2 \beta_2 (r - V^* - \beta_2 \log K)$, $V^* = \beta_1 \log \mathrm{mean}_g e^{r/\beta_1}$.
+
+    Why: dro whose value is the soft maximum of rewards over a prompt's completions, taken as samples of the
+    reference.
+    Limits: $\beta_1 \to \infty$: the group's mean; $\beta_1 \to 0$: its best reward. A lone row at $\pi = \pi_{ref}$
+    weighs 0.
+    Negative rewards: as in dro.
+    Reference: arXiv 2505.20686, eq. 4 and algorithm 1.
+    Warning: exact only if the group's completions were sampled from the reference. The temperatures are ours.
+    """
+    same = group[:, None] == group[None, :]
+    scores = (reward / value_temperature).transpose(0, 1).where(same, -torch.inf)
+    log_mean = scores.logsumexp(dim=1, keepdim=True) - same.sum(dim=1, keepdim=True).to(reward.dtype).log()
+    residual = reward - value_temperature * log_mean - temperature * sequence_log_ratio(logp, ref_logp, mask)
+    return 2 * temperature * residual
+
+
+@objective
+def oreo(
+    logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, mask: Tensor, *, beta: NonNegative = 0.03
+) -> Tensor:
+    r"""OREO: $w_i = 2 \beta \sum_{t \le i} \delta_t$, $\delta_t = r - V_t - \beta \sum_{j \ge t} \log k_j$.
+
+    Why: the soft Bellman equation of a KL-penalised policy, from every position to the end; $\log k_j$ is the log
+    ratio of a token to the reference. A token's weight gathers the residuals of all suffixes it is in.
+    Limits: for one token it is twice dro at temperature beta; beta = 0 trains nothing.
+    Negative rewards: pushed until the log ratio accounts for them, then held.
+    Reference: arXiv 2412.16145, eq. 6-8; its mean over positions is normalize: sequence.
+    Warning: the paper trains the value beside the policy; here it comes with the data.
+    """
+    trained = mask > 0
+    log_ratio = (logp - ref_logp).where(trained, 0.0)
+    to_go = log_ratio.flip(1).cumsum(1).flip(1)
+    residual = (reward - value - beta * to_go).where(trained, 0.0)
+    return 2 * beta * residual.cumsum(1)

@@ -1,0 +1,293 @@
+"""Everything that an optimiser step needs, made once, in the order that costs least when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rwft.checkpoint import CheckpointStore, join_optimizer, split_optimizer
+from rwft.config import Config, as_dict
+from rwft.data.batching import Batch, Collate, Plan, Stored
+from rwft.data.logprobs import row_logp
+from rwft.data.prepare import Prepared, prepare
+from rwft.data.rows import Rows
+from rwft.errors import ConfigError
+from rwft.estimator import Counts
+from rwft.frozen import FrozenModels
+from rwft.policy import Policy, load_policy, load_tokenizer
+from rwft.progress import Display
+from rwft.regularizers import Penalty, build_regularizers
+from rwft.run import RunFolder, flatten, refuse_environment
+from rwft.signals import SIGNALS
+from rwft.weighting import Objective, build_objective
+
+KL_RATE = 0.1  # of the running mean of the policy's log-ratio to the reference
+
+
+@dataclass
+class Training:
+    """A run ready to step. `policy` is the bare module, `model` what Accelerate made of it for this many ranks."""
+
+    config: Config
+    accelerator: Any
+    policy: Policy
+    model: Any
+    tokenizer: Any
+    optimizer: Any
+    objective: Objective
+    penalties: tuple[Penalty, ...]
+    reference: Policy | None
+    data: Prepared
+    plan: Plan
+    collate: Collate
+    collate_held_out: Collate | None
+    steps: int
+    store: CheckpointStore
+    display: Display
+    fingerprints: dict[str, str]
+    old_logp: dict[int, NDArray[Any]] = field(default_factory=dict)
+    kl_running: float = 0.0
+
+    @property
+    def head_signals(self) -> tuple[str, ...]:
+        """Signals that only the head can provide, besides logp."""
+        return tuple(n for n in sorted(self.objective.reads) if SIGNALS[n].source == "head" and n != "logp")
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's part of an optimiser step."""
+        return [self.collate(part) for part in self.plan.micro_batches(step, self.accelerator.process_index)]
+
+    def counts(self, step: int) -> Counts:
+        """Trained tokens and sequences of the whole step, over all ranks, known before anything is forwarded."""
+        window = self.plan.window(step)
+        return Counts(tokens=float(self.data.train.trained[window].sum()), sequences=float(len(window)))
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """Signals `()` that come from where the run stands."""
+        vocabulary = self.policy.vocabulary().weight.shape[0]
+        return {"progress": step / self.steps, "log_vocab": math.log(vocabulary), "kl_running": self.kl_running}
+
+    def synchronise(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are summed over ranks in the last micro-batch's backward only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def any_rank(self, here: bool) -> bool:
+        """Whether this holds on any rank."""
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "sum") > 0)
+
+    def clip(self, denominator: float) -> float:
+        """Divide the finished gradient, clip it, and give back its norm before clipping."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if denominator != 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(denominator)
+        limit = self.config.train.clip or float("inf")
+        return float(self.accelerator.clip_grad_norm_(parameters, limit))
+
+    def snapshot(self, step: int) -> None:
+        """At the start of every `snapshot_every` steps, what `old_logp` will be until the next snapshot."""
+        every = self.config.train.snapshot_every
+        if "old_logp" not in self.objective.reads or step % every:
+            return
+        rank = self.accelerator.process_index
+        ahead = range(step, min(step + every, self.steps))
+        mine = np.concatenate([part for s in ahead for part in self.plan.micro_batches(s, rank)])
+        indices, length = np.unique(mine).astype(np.int64), self.data.train.length
+        logp = row_logp(
+            self.policy, self.collate.plain(), length, indices, device=self.accelerator.device, tick=lambda _: None
+        )
+        self.old_logp.clear()
+        self.old_logp.update(logp)
+
+    def stored_old_logp(self, indices: NDArray[np.int64], mask: Tensor) -> Tensor:
+        """`(b), (b t) -> (b t)`: log-probabilities at the last snapshot."""
+        out = torch.zeros_like(mask)
+        if float(mask.sum()) > 0:
+            out[mask > 0] = torch.as_tensor(np.concatenate([self.old_logp[int(i)] for i in indices]), dtype=mask.dtype)
+        return out
+
+    def track_kl(self, parts: list[tuple[Batch, Tensor]], step: int) -> None:
+        """Move `kl_running` a tenth of the way to this step's mean log-ratio of a sequence to the reference."""
+        if "kl_running" not in self.objective.reads:
+            return
+        gap = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        for batch, logp in parts:
+            gap += (logp - batch.signals["ref_logp"][batch.mask > 0]).double().sum() if len(logp) else 0.0
+        mean = float(self.accelerator.reduce(gap, "sum")) / self.counts(step).sequences
+        self.kl_running += KL_RATE * (mean - self.kl_running)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint that a later run goes on from bit by bit; all ranks wait for it."""
+        from accelerate.utils import gather_object
+
+        tensors: dict[str, dict[str, Tensor]] = {}
+        parameters = self.policy.trained_parameters()
+        tensors["model"] = {name: p.detach() for name, p in parameters.items()}
+        tensors["optimizer"], rest = split_optimizer(self.optimizer.state_dict())
+        if "old_logp" in self.objective.reads:
+            parts = gather_object([{i: torch.as_tensor(v) for i, v in self.old_logp.items()}])
+            tensors["old_logp"] = {str(i): v for part in parts for i, v in part.items()}
+        if self.accelerator.is_main_process:
+            state = {"step": step, "optimizer": rest, "kl_running": self.kl_running.hex()}
+            self.store.save(step, tensors, state, self.fingerprints)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the newest valid checkpoint, if there is one; gives back the step to go on from."""
+        found = self.store.load(self.fingerprints)
+        if found is None:
+            return 0
+        checkpoint, tensors, state = found
+        parameters = self.policy.trained_parameters()
+        if parameters.keys() != tensors["model"].keys():
+            raise ConfigError(f"{checkpoint.folder}: holds other parameters than this model; start over with --fresh")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors["model"][name])
+        self.optimizer.load_state_dict(join_optimizer(tensors["optimizer"], state["optimizer"]))
+        self.old_logp.update({int(i): v.numpy() for i, v in tensors.get("old_logp", {}).items()})
+        self.kl_running = float.fromhex(state["kl_running"])
+        return int(state["step"])
+
+
+def start_accelerator(config: Config) -> Any:
+    """Devices, ranks and trackers; nothing else of Accelerate is used."""
+    from accelerate import Accelerator
+
+    refuse_environment()
+    return Accelerator(
+        cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
+        log_with=list(config.trackers) or None,
+        project_dir=config.output,
+    )
+
+
+def prepare_training(config: Config, accelerator: Any, folder: RunFolder, display: Display) -> Training:
+    """Check the cheap things first (objective, data), then load the model, then what the objective reads from frozen ones."""
+    objective = build_objective(config.objective)
+    penalties = tuple(build_regularizers(config.regularize))
+    cache = Path(config.cache).expanduser()
+    tokenizer = load_tokenizer(config.model)
+    with accelerator.main_process_first():
+        data = prepare(config.data, tokenizer, objective.reads, cache, display.ticker("reading and tokenising rows"))
+    display.say(*data.report.lines(), *unread_settings(config, objective, data))
+    policy = load_policy(config.model, config.train.seed, accelerator.device)
+    frozen = FrozenModels(config, policy, accelerator, display)
+    stored, known = frozen.signals(objective.reads, data.train)
+    reference = frozen.live_reference() if any("ref_logp_all" in penalty.reads for penalty in penalties) else None
+    plan = make_plan(config, objective, penalties, data, accelerator.num_processes)
+    steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * plan.steps_per_epoch))
+    parameters = list(policy.trained_parameters().values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
+    )
+    model = accelerator.prepare_model(policy)
+    model.train()
+    reads = objective.reads | {"reward"} if data.train.has("reward") else objective.reads
+    training = Training(
+        config=config,
+        accelerator=accelerator,
+        policy=policy,
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        objective=objective,
+        penalties=penalties,
+        reference=reference,
+        data=data,
+        plan=plan,
+        collate=make_collate(data, data.train, reads, tokenizer, policy, stored, known),
+        collate_held_out=None
+        if data.held_out is None
+        else make_collate(data, data.held_out, frozenset(), tokenizer, policy),
+        steps=steps,
+        store=CheckpointStore(folder.checkpoints, keep=config.train.keep),
+        display=display,
+        fingerprints=fingerprints(config, data),
+    )
+    if "old_logp" in objective.reads:
+        stored["old_logp"] = training.stored_old_logp
+    return training
+
+
+def make_collate(
+    data: Prepared,
+    rows: Rows,
+    reads: frozenset[str],
+    tokenizer: Any,
+    policy: Policy,
+    stored: Mapping[str, Stored] | None = None,
+    known: Mapping[str, NDArray[Any]] | None = None,
+) -> Collate:
+    """How rows of one split become batches: with what the data know, and what else is `known` or `stored`."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    known = {**data.known(rows), **(known or {})}
+    return Collate(rows, reads, pad=pad, dtype=policy.float_dtype, credit=data.credit, known=known, stored=stored)
+
+
+def make_plan(config: Config, objective: Objective, penalties: tuple[Penalty, ...], data: Prepared, world: int) -> Plan:
+    """The order of rows, with those left out of the forward pass whose weight is zero by data alone."""
+    alive = None
+    if not penalties:
+        zero = zero_weight_rows(objective, data)
+        alive = ~zero if zero.any() else None
+    return Plan(
+        data.train.length,
+        batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
+        world=world,
+        seed=config.train.seed,
+        group=data.train.group if "group" in objective.reads else None,
+        alive=alive,
+    )
+
+
+def zero_weight_rows(objective: Objective, data: Prepared) -> NDArray[np.bool_]:
+    """`(n)`: rows whose weight is zero whatever the policy, because a factor that reads only row-level data says so."""
+    zero = np.zeros(len(data.train), dtype=bool)
+    if data.credit is None or data.credit.config.steps != "none":
+        return zero
+    known = data.known(data.train)
+    signals = {
+        name: torch.as_tensor(value)[:, None] if value.ndim else torch.as_tensor(value) for name, value in known.items()
+    }
+    for factor in objective.factors:
+        if factor.entry.reads and set(factor.entry.reads) <= signals.keys():
+            weights = Objective((factor,))(signals).expand(len(zero), 1)
+            zero |= (weights.squeeze(1) == 0).numpy()
+    return zero
+
+
+def unread_settings(config: Config, objective: Objective, data: Prepared) -> list[str]:
+    """Settings and columns that this objective does not read: allowed, because comparisons share a config, but said."""
+    notes: list[str] = []
+    credit = config.data.credit
+    if (credit.baseline, credit.scale, credit.steps) != ("none", "none", "none") and "advantage" not in objective.reads:
+        notes.append(f"note: data.credit is set, but '{objective}' does not read the advantage")
+    if "token_weight" not in objective.reads and data.train.table["weight"].null_count < len(data.train):
+        notes.append(f"note: the data give weights to messages, but '{objective}' does not read token_weight")
+    if data.train.has("reward") and not objective.reads & {"reward", "advantage"}:
+        notes.append(f"note: the data give rewards, but '{objective}' does not read them")
+    return notes
+
+
+def fingerprints(config: Config, data: Prepared) -> dict[str, str]:
+    """What a checkpoint must agree with to be resumed."""
+    settings = {key: value for key, value in flatten(as_dict(config)).items() if key != "output"}
+    return {
+        "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+        "data": data.train.fingerprint,
+    }

@@ -1,0 +1,144 @@
+"""Objectives by name, and their products.
+
+An objective is a pure function from named signals to weights. A list of objectives is the
+product of their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwft.errors import ConfigError, ObjectiveError
+from rwft.registry import Entry, Registry
+from rwft.signals import SIGNALS
+
+objective = Registry("objective", SIGNALS, builtin="rwft.objectives", group="rwft.objectives")
+"""Decorator and registry: `@objective` on a function, `objective["rwr"]`, iteration, `in`."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One weighting function with its hyperparameters bound."""
+
+    entry: Entry
+    settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        changed = [f"{k}={v}" for k, v in self.settings.items() if v != self.entry.settings[k].default]
+        return f"{self.entry.name}({', '.join(changed)})" if changed else self.entry.name
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.entry.name, **self.settings}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A product of weighting functions; call it with signals to get the weights."""
+
+    factors: tuple[Factor, ...]
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of all signals that any factor reads."""
+        return frozenset(name for factor in self.factors for name in factor.entry.reads)
+
+    @property
+    def token_local(self) -> bool:
+        """Whether the weight at a position depends on the signals at that position alone."""
+        return self.reads.isdisjoint({"mask", "group"})
+
+    @property
+    def data_only(self) -> bool:
+        """Whether the weights follow from the data and its credit alone, whatever the policy."""
+        return all(SIGNALS[name].source in ("data", "credit") for name in self.reads)
+
+    def __call__(self, signals: Mapping[str, Tensor]) -> Tensor:
+        """Weights `()`, `(b 1)` or `(b t)` from signals (detached here; see `rwft.signals`).
+
+        Raises ObjectiveError if a signal is missing or a factor returns another shape.
+        """
+        missing = sorted(self.reads - signals.keys())
+        if missing:
+            raise ObjectiveError(f"objective '{self}' reads '{missing[0]}', which was not given")
+        rows, columns = _axes(signals)
+        product: Tensor | None = None
+        for factor in self.factors:
+            inputs = [signals[name].detach() for name in factor.entry.reads]
+            with torch.no_grad():
+                weights = factor.entry.function(*inputs, **factor.settings)
+            check_weights(weights, rows, columns, factor.entry.name)
+            product = weights if product is None else product * weights
+        assert product is not None
+        return product
+
+    def __mul__(self, other: Objective) -> Objective:
+        return Objective(self.factors + other.factors)
+
+    def __str__(self) -> str:
+        return " * ".join(map(str, self.factors))
+
+    @property
+    def spec(self) -> list[dict[str, Any]]:
+        """What `build_objective` would rebuild this from, every hyperparameter written out."""
+        return [factor.spec for factor in self.factors]
+
+
+def _axes(signals: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    for name, value in signals.items():
+        if name in SIGNALS and SIGNALS[name].axes == "b t":
+            return value.shape[0], value.shape[1]
+    rows = next(
+        (v.shape[0] for k, v in signals.items() if k in SIGNALS and SIGNALS[k].axes.startswith("b") and v.ndim), None
+    )
+    return rows, None
+
+
+def check_weights(weights: Any, rows: int | None, columns: int | None, name: str) -> None:
+    """Refuse weights of any shape but `()`, `(b 1)` or `(b t)`; a mistaken `(b,)` would broadcast over time."""
+    if not isinstance(weights, Tensor):
+        raise ObjectiveError(f"objective '{name}' returned {type(weights).__name__}; a tensor of weights is expected")
+    shape = tuple(weights.shape)
+    known = rows is not None
+    good = shape == () or (
+        len(shape) == 2 and (not known or shape[0] == rows) and (columns is None or shape[1] in (1, columns))
+    )
+    if not good:
+        hint = "; keep the axis: use keepdim=True, or seq_sum / seq_mean" if len(shape) == 1 else ""
+        expected = f"(), ({rows or 'b'}, 1) or ({rows or 'b'}, {columns or 't'})"
+        raise ObjectiveError(f"objective '{name}' returned weights of shape {shape}; expected {expected}{hint}")
+
+
+def build_objective(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | Objective) -> Objective:
+    """A name, a mapping `{name: ..., **hyperparameters}`, or a list of them (their product).
+
+    Raises ObjectiveError for an unknown name or hyperparameter, or a value out of bounds.
+    """
+    if isinstance(spec, Objective):
+        return spec
+    parts = [spec] if isinstance(spec, (str, Mapping)) else list(spec)
+    if not parts:
+        raise ConfigError("objective: an empty list; name at least one, for instance 'sft'")
+    return Objective(tuple(bind_factor(objective, part) for part in parts))
+
+
+def bind_factor(registry: Registry, spec: Any) -> Factor:
+    """One `name` or `{name: ..., **settings}` against a registry."""
+    name, settings = split_spec(registry.kind, spec)
+    entry = registry.entry(name)
+    return Factor(entry, MappingProxyType(entry.bind(settings, f"{registry.kind} '{entry.name}'")))
+
+
+def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
+    """`name` or `{name: ..., **settings}` -> name and settings."""
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
+        return str(spec["name"]), {str(k): v for k, v in spec.items() if k != "name"}
+    raise ConfigError(f"{kind}: found {spec!r}; expected a name or a mapping such as {{name: rwr, temperature: 0.5}}")

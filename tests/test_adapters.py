@@ -1,0 +1,780 @@
+"""Adapters: each format on rows written by hand, against examples written by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rwft.data.adapters import Choice, adapter, detect, read_examples
+from rwft.data.adapters.contract import Coerced, Dropped, columns_of
+from rwft.data.example import Example, Source, Span
+from rwft.data.ledger import BadRows
+from rwft.errors import DataError, ObjectiveError
+
+SOURCE = Source("rows.jsonl", 1)
+Row = dict[str, Any]
+
+
+def adapted(name: str, row: Row, **settings: Any) -> list[Any]:
+    entry = adapter.entry(name)
+    return list(entry.function(row, SOURCE, **entry.bind(settings, name)))
+
+
+def examples(name: str, row: Row, **settings: Any) -> list[Example]:
+    return [item for item in adapted(name, row, **settings) if isinstance(item, Example)]
+
+
+def only(name: str, row: Row, **settings: Any) -> Example:
+    [example] = examples(name, row, **settings)
+    return example
+
+
+def refused(name: str, row: Row, message: str, **settings: Any) -> None:
+    with pytest.raises(DataError, match=message):
+        adapted(name, row, **settings)
+
+
+def until_refused(items: Iterable[Example]) -> tuple[list[Example], BadRows]:
+    """What comes before the error, and the error."""
+    got = []
+    try:
+        for item in items:
+            got.append(item)
+    except BadRows as error:
+        return got, error
+    raise AssertionError(f"nothing was refused, got {got}")
+
+
+def saved(folder: Path, *rows: Row) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def user(text: str) -> Row:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str, **more: Any) -> Row:
+    return {"role": "assistant", "content": text, **more}
+
+
+SCORED = {"prompt": "1+1?", "completion": "2", "reward": 1}
+BINARY = {"prompt": "1+1?", "completion": "2", "label": True}
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+ROLLOUTS = {"prompt": "3*4?", "completions": ["12", "14"], "rewards": [1.0, 0]}
+RATED = {"instruction": "Pick a colour", "generations": ["blue", "7"], "ratings": [5, "1.5"]}
+REVIEWED = {
+    "instruction": "Define entropy",
+    "models": ["m1", "m2"],
+    "completions": [
+        {
+            "response": "disorder",
+            "annotations": {"helpfulness": {"Rating": "4"}, "instruction-following": {"Rating": 5}},
+        },
+        {
+            "response": "a tree",
+            "annotations": {"helpfulness": {"Rating": "1"}, "instruction-following": {"Rating": "N/A"}},
+        },
+    ],
+}
+HELP = {"prompt": "c?", "response": "A language.", "helpfulness": 3, "correctness": 4, "coherence": 4, "verbosity": 1}
+HELP3 = {"context": [user("q")], "response1": "one", "response2": "two", "overall_preference": -2}
+STEPS = {"prompt": "2x=6", "completions": ["Divide by 2.", "x=3"], "labels": [True, False]}
+SHEPHERD = {
+    "input": "Two and two? Step 1: It is 2+2. ки\nStep 2: The answer is: 5 ки",
+    "label": "Two and two? Step 1: It is 2+2. +\nStep 2: The answer is: 5 -",
+    "task": "toy",
+}
+PRM = {
+    "question": {"problem": "2x=6"},
+    "label": {
+        "steps": [
+            {
+                "completions": [{"text": "Divide by 2.", "rating": 1}, {"text": "x=12", "rating": -1}],
+                "human_completion": None,
+                "chosen_completion": 0,
+            },
+            {
+                "completions": [{"text": "Hm.", "rating": 0}, {"text": "x=3", "rating": None}],
+                "human_completion": None,
+                "chosen_completion": 0,
+            },
+        ],
+        "finish_reason": "solution",
+    },
+}
+CHAT = {"messages": [{"role": "system", "content": "s"}, user("q"), bot("a")]}
+GPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+ALPACA = {"instruction": "Add", "input": "3 and 4", "output": "7"}
+DEMO = {"prompt": "1+1?", "completion": "2"}
+
+
+def test_messages_split_where_the_assistant_first_speaks() -> None:
+    row = {
+        "messages": [{"role": "system", "content": "s"}, user("q"), bot("a", weight=0.2), user("r"), bot("b")],
+        "reward": 0.6,
+    }
+    example = only("messages", row, reward="reward")
+    assert example.prompt == [{"role": "system", "content": "s"}, user("q")]
+    assert example.completion == [bot("a", weight=0.2), user("r"), bot("b")]
+    assert example.reward == 0.6
+    assert example.source is SOURCE
+    assert only("messages", row).reward is None
+
+
+def test_messages_after_the_last_answer_are_left_out_and_counted() -> None:
+    out = adapted("messages", {"messages": [user("q"), bot("a"), user("thanks")]})
+    assert out[0] == Coerced("messages after the last answer left out")
+    assert out[1].completion == [bot("a")]
+    assert len(out) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [
+        ({"weight": 0}, 0.0),
+        ({"weight": -0.1}, -0.1),
+        ({"loss": False}, 0.0),
+        ({"train": True}, 1.0),
+        ({"loss_scale": 0.25}, 0.25),
+        ({"loss_weight": 2}, 2.0),
+        ({"weight": None, "train": False}, 0.0),
+    ],
+)
+def test_weights_of_messages_go_by_many_names(given: Row, weight: float) -> None:
+    example = only("messages", {"messages": [user("q"), bot("a", **given)]})
+    assert example.completion == [bot("a", weight=weight)]
+
+
+def test_weights_mean_nothing_on_other_roles_and_booleans_only_where_they_are_switches() -> None:
+    example = only("messages", {"messages": [user("q") | {"weight": 0.0}, bot("a")]})
+    assert example.prompt == [user("q")]
+    refused("messages", {"messages": [user("q"), bot("a", weight=True)]}, r"messages\[1\]\.weight: found true")
+
+
+def test_content_parts_and_tool_calls() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+        bot("7"),
+    ]
+    example = only("messages", {"messages": turns})
+    assert example.prompt == [user("ab")]
+    assert example.completion == [bot("", tool_calls=[call]), turns[2], bot("7")]
+    refused("messages", {"messages": [user("q"), bot(" ")]}, r"messages\[1\]\.content: found empty text")
+    assert only("messages", {"messages": [user("q"), bot("", weight=0), user("r"), bot("a")]}).prompt == [user("q")]
+    part = {"type": "text", "text": "a", "weight": 0.5}
+    refused("messages", {"messages": [user("q"), bot([part])]}, "expected it on the whole message")  # type: ignore[arg-type]
+
+
+def test_sharegpt_speakers() -> None:
+    turns = [
+        {"from": "human", "value": "3+4?"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 3}}'},
+        {"from": "observation", "value": "7"},
+        {"from": "gpt", "value": "7", "loss": True},
+    ]
+    example = only("sharegpt", {"conversations": turns, "system": "s"}, system="system")
+    assert example.prompt == [{"role": "system", "content": "s"}, user("3+4?")]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+    assert example.completion == [
+        bot("", tool_calls=[call]),
+        {"role": "tool", "content": "7"},
+        bot("7", weight=1.0),
+    ]
+    refused(
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": "add(3)"}]},
+        "expected a call as a JSON object",
+    )
+    refused("sharegpt", {"conversations": [user("q")]}, "are read by `adapter: messages`")
+
+
+def test_alpaca() -> None:
+    row = {"instruction": "Add", "input": "3 and 4", "output": "7", "system": "s", "history": [["q", "a"]], "reward": 2}
+    example = only("alpaca", row, input="input", system="system", history="history", reward="reward")
+    assert example.prompt == [{"role": "system", "content": "s"}, user("q"), bot("a"), user("Add\n3 and 4")]
+    assert example.completion == [bot("7")]
+    assert example.reward == 2.0
+    plain = only("alpaca", {"instruction": "Add", "input": "", "output": "7"}, input="input")
+    assert plain.prompt == [user("Add")]
+
+
+def test_prompt_and_completion_are_made_of_one_kind() -> None:
+    assert only("prompt_completion", DEMO).completion == "2"
+    mixed = only("prompt_completion", {"prompt": [user("q")], "completion": "a"})
+    assert (mixed.prompt, mixed.completion) == ([user("q")], [bot("a")])
+    other = only("prompt_completion", {"prompt": "q", "completion": [bot("a")]})
+    assert (other.prompt, other.completion) == ([user("q")], [bot("a")])
+    refused("prompt_completion", {"prompt": "q", "completion": [user("a")]}, r"completion\[0\]\.role: found user")
+
+
+def test_scored() -> None:
+    example = only("scored", SCORED)
+    assert (example.prompt, example.completion, example.reward) == ("1+1?", "2", 1.0)
+    assert (example.behavior_logp, example.completion_ids, example.finished, example.answer) == (None, None, True, None)
+    row = {
+        "q": {"text": "1+1?"},
+        "a": "2",
+        "s": -0.5,
+        "lp": [-1, -0.25],
+        "ids": [5, 2],
+        "end": "length",
+        "key": 2,
+        "g": 7,
+    }
+    columns = {"prompt": "q.text", "completion": "a", "reward": "s", "logprobs": "lp", "token_ids": "ids"}
+    example = only("scored", row, **columns, finish_reason="end", answer="key", group="g")
+    assert (example.prompt, example.reward, example.group, example.answer) == ("1+1?", -0.5, "7", "2")
+    assert (example.behavior_logp, example.completion_ids, example.finished) == ([-1.0, -0.25], [5, 2], False)
+
+
+def test_a_column_with_a_dot_in_its_name_wins_over_the_path() -> None:
+    row = {"a.b": "flat", "a": {"b": "deep"}, "completion": "2", "reward": 1}
+    assert only("scored", row, prompt="a.b").prompt == "flat"
+
+
+def test_text_numbers_only_if_allowed_and_counted() -> None:
+    refused("scored", SCORED | {"reward": "4"}, r"reward: found text '4', expected a finite number \(to read text")
+    out = adapted("scored", SCORED | {"reward": " -4.5e1 "}, text_numbers=True)
+    assert out[0] == Coerced("number given as text")
+    assert out[1].reward == -45.0
+    for text in ("nan", "inf", "1_000", "0x1", "", "4 points", "1e999"):
+        refused("scored", SCORED | {"reward": text}, "expected a finite number", text_numbers=True)
+    many = adapted("rollouts", ROLLOUTS | {"rewards": ["1", 0.5]}, text_numbers=True)
+    assert [type(item) for item in many] == [Coerced, Example, Example]
+    assert [item.reward for item in many[1:]] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("reason", "finished"),
+    [
+        ("stop", True),
+        ("EOS", True),
+        ("length", False),
+        ("max_tokens", False),
+        (None, True),
+        (False, False),
+        (True, True),
+    ],
+)
+def test_finish_reasons(reason: Any, finished: bool) -> None:
+    assert only("scored", SCORED | {"end": reason}, finish_reason="end").finished is finished
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([-0.5, 0.0], [-0.5, 0.0]), ([-1, 0], [-1.0, 0.0]), ([-0.5, 9e-4], [-0.5, 0.0]), ([-9999.0], [-9999.0])],
+)
+def test_logged_logprobs(values: list[float], expected: list[float]) -> None:
+    out = adapted("scored", SCORED | {"lp": values}, logprobs="lp")
+    assert out[-1].behavior_logp == expected
+    assert (len(out) == 2) is any(value > 0 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([-0.5, 2e-3], r"lp\[1\]: found the number 0.002, expected a log-probability, a finite number <= 0"),
+        ([float("-inf")], r"lp\[0\]: found the number -inf"),
+        ([float("nan")], r"lp\[0\]: found the number nan"),
+        ([True], r"lp\[0\]: found true"),
+        (["-1"], r"lp\[0\]: found text '-1'"),
+        ([], "lp: found a list of 0, expected a list that is not empty"),
+        (-0.5, "lp: found the number -0.5"),
+    ],
+)
+def test_wrong_logprobs(values: Any, message: str) -> None:
+    refused("scored", SCORED | {"lp": values}, message, logprobs="lp")
+
+
+def test_binary_feedback() -> None:
+    assert only("binary", BINARY).reward == 1.0
+    assert only("binary", BINARY | {"label": False}, good=2.0, bad=-3.0).reward == -3.0
+    assert only("binary", BINARY, good=2.0, bad=-3.0).reward == 2.0
+    refused("binary", BINARY | {"label": 0}, r"label: found the number 0, expected true or false; .*reward: label")
+
+
+def test_preference_without_scores() -> None:
+    first, second = examples("preference", PAIR, prompt="prompt", good=3.0, bad=-1.0)
+    assert (first.prompt, first.completion, first.reward) == ("p", "a", 3.0)
+    assert (second.prompt, second.completion, second.reward) == ("p", "b", -1.0)
+    assert first.group == second.group is not None
+
+
+def test_preference_with_whole_conversations_and_scores() -> None:
+    row = {
+        "prompt": "Name a prime",
+        "chosen": [user("Name a prime"), bot("7")],
+        "rejected": [user("Name a prime"), bot("9")],
+        "s1": 8.5,
+        "s2": 3.0,
+    }
+    first, second = examples("preference", row, prompt="prompt", chosen_reward="s1", rejected_reward="s2")
+    assert first.prompt == second.prompt == [user("Name a prime")]
+    assert (first.completion, first.reward) == ([bot("7")], 8.5)
+    assert (second.completion, second.reward) == ([bot("9")], 3.0)
+    implicit = examples("preference", {key: row[key] for key in ("chosen", "rejected")})
+    assert [e.prompt for e in implicit] == [[user("Name a prime")]] * 2
+    messages = examples("preference", row | {"prompt": [user("Name a prime")]}, prompt="prompt")
+    assert [e.completion for e in messages] == [[bot("7")], [bot("9")]]
+    refused("preference", row | {"prompt": [user("x")]}, "prompt that is not in the conversations", prompt="prompt")
+
+
+def test_preference_with_longer_common_beginning() -> None:
+    shared = [user("q"), bot("a"), user("r")]
+    first, second = examples(
+        "preference", {"chosen": [*shared, bot("b")], "rejected": [*shared, bot("c"), user("d"), bot("e")]}
+    )
+    assert first.prompt == second.prompt == shared
+    assert (first.completion, second.completion) == ([bot("b")], [bot("c"), user("d"), bot("e")])
+
+
+def test_preference_with_answers_alone() -> None:
+    row = {"prompt": "q", "chosen": [bot("a")], "rejected": [bot("b")]}
+    first, second = examples("preference", row, prompt="prompt")
+    assert (first.prompt, first.completion, second.completion) == ([user("q")], [bot("a")], [bot("b")])
+
+
+def test_preference_transcripts() -> None:
+    shared = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 1+1?"
+    row = {"chosen": f"{shared}\n\nAssistant: 2", "rejected": f"{shared}\n\nAssistant: Human: 3"}
+    first, second = examples("preference", row)
+    assert first.prompt == second.prompt == [user("Hi"), bot("Hello"), user("1+1?")]
+    assert (first.completion, second.completion) == ([bot("2")], [bot("Human: 3")])
+    silent = examples("preference", row | {"rejected": f"{shared}\n\nAssistant:"})
+    assert silent[1].completion == [bot("")]
+
+
+def test_preference_text_that_repeats_its_prompt() -> None:
+    out = adapted("preference", {"prompt": "Q: ", "chosen": "Q: a", "rejected": "Q: b"}, prompt="prompt")
+    assert out[0] == Coerced("prompt at the start of both completions taken off")
+    assert [item.completion for item in out[1:]] == ["a", "b"]
+    once = examples("preference", {"prompt": "Q: ", "chosen": "Q: a", "rejected": "b"}, prompt="prompt")
+    assert [item.completion for item in once] == ["Q: a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (PAIR | {"rejected": "a"}, "tie: both completions are the same"),
+        (PAIR | {"s1": 2, "s2": 2.0}, "tie: both rewards are the same"),
+        (
+            {"prompt": "p", "chosen": [user("p"), bot("a")], "rejected": [user("x"), bot("a")]},
+            "does not part at an answer",
+        ),
+        (
+            {"prompt": "p", "chosen": [user("p"), bot("a")], "rejected": [user("p"), bot("a"), user("b")]},
+            "part at an answer",
+        ),
+    ],
+)
+def test_ties_and_pairs_without_a_common_prompt_are_dropped(row: Row, reason: str) -> None:
+    scores = {"chosen_reward": "s1", "rejected_reward": "s2"} if "s1" in row else {}
+    [out] = adapted("preference", row, prompt="prompt", **scores)
+    assert isinstance(out, Dropped)
+    assert reason in out.reason
+
+
+def test_preference_needs_both_scores_or_none() -> None:
+    refused("preference", PAIR | {"s": 1.0}, "rejected_reward: found a score for one of the pair", chosen_reward="s")
+
+
+def test_rollouts() -> None:
+    row = ROLLOUTS | {"lp": [[-0.1, -0.4], [-0.9]], "ids": [[1, 2], [3]], "end": ["stop", "length"], "key": "12"}
+    settings = {"logprobs": "lp", "token_ids": "ids", "finish_reasons": "end", "answer": "key"}
+    first, second = examples("rollouts", row, **settings)
+    assert (first.completion, first.reward, first.behavior_logp, first.finished) == ("12", 1.0, [-0.1, -0.4], True)
+    assert (second.completion, second.reward, second.behavior_logp, second.finished) == ("14", 0.0, [-0.9], False)
+    assert (first.completion_ids, second.completion_ids) == ([1, 2], [3])
+    assert first.group == second.group
+    assert first.answer == second.answer == "12"
+    refused(
+        "rollouts", row | {"lp": [[-0.1]]}, "lp: found 1 items, expected 2, one for each of completions", **settings
+    )
+    chats = examples("rollouts", {"prompt": [user("q")], "completions": [[bot("a")], "b"], "rewards": [1, 2]})
+    assert [e.completion for e in chats] == [[bot("a")], [bot("b")]]
+
+
+def test_ratings_read_text_and_drop_what_is_none() -> None:
+    row = {"instruction": "i", "generations": ["a", "b", "c", "d"], "ratings": [5, "1.5", None, "N/A"]}
+    out = adapted("ratings", row)
+    assert [e.reward for e in out if isinstance(e, Example)] == [5.0, 1.5]
+    assert out.count(Coerced("number given as text")) == 1
+    assert out.count(Dropped("completion without a numeric rating")) == 2
+
+
+def test_ultrafeedback() -> None:
+    out = adapted("ultrafeedback", REVIEWED)
+    assert [(e.completion, e.reward) for e in out if isinstance(e, Example)] == [("disorder", 4.5)]
+    assert out.count(Dropped("completion without a numeric rating")) == 1
+    assert out.count(Coerced("number given as text")) == 1
+    assert [e.reward for e in examples("ultrafeedback", REVIEWED, aspect="helpfulness")] == [4.0, 1.0]
+    assert [e.reward for e in examples("ultrafeedback", REVIEWED, aspect="instruction_following")] == [5.0]
+    refused("ultrafeedback", REVIEWED, "expected 'honesty' among them", aspect="honesty")
+
+
+def test_attributes_are_summed_by_their_weights() -> None:
+    assert only("attributes", HELP, weights="helpfulness=1, verbosity=-0.25").reward == 3 - 0.25
+    for wrong in ("helpfulness", "helpfulness=", "=1", "helpfulness=1,helpfulness=2", "helpfulness=nan", ""):
+        refused("attributes", HELP, "weights: found .* expected each attribute once", weights=wrong)
+
+
+@pytest.mark.parametrize(("margin", "rewards"), [(-2, [2.0, 0.0]), (3, [0.0, 3.0]), (1, [0.0, 1.0])])
+def test_helpsteer3_negative_prefers_the_first(margin: int, rewards: list[float]) -> None:
+    pair = examples("helpsteer3", HELP3 | {"overall_preference": margin})
+    assert [e.completion for e in pair] == [[bot("one")], [bot("two")]]
+    assert [e.reward for e in pair] == rewards
+
+
+def test_helpsteer3_ties_are_dropped() -> None:
+    assert adapted("helpsteer3", HELP3 | {"overall_preference": 0}) == [Dropped("tie: both rewards are the same")]
+
+
+def test_steps_become_spans_of_the_text() -> None:
+    example = only("steps", STEPS, good=2.0, bad=-0.5)
+    assert example.completion == "Divide by 2.\nx=3"
+    assert example.spans == (Span(0, 12, 2.0), Span(13, 16, -0.5))
+    assert [example.completion[span.start : span.end] for span in example.spans] == STEPS["completions"]
+    assert example.reward == 1.5
+    joined = only("steps", STEPS | {"labels": [0.25, -1], "total": 9}, separator="\n\n", reward="total")
+    assert joined.completion == "Divide by 2.\n\nx=3"
+    assert joined.spans == (Span(0, 12, 0.25), Span(14, 17, -1.0))
+    assert joined.reward == 9.0
+
+
+def test_math_shepherd() -> None:
+    example = only("math_shepherd", SHEPHERD)
+    assert example.prompt == "Two and two?"
+    assert example.completion == "Step 1: It is 2+2.\nStep 2: The answer is: 5"
+    assert example.spans == (Span(0, 18, 1.0), Span(19, 43, 0.0))
+    assert example.reward == 1.0
+    refused("math_shepherd", SHEPHERD | {"label": SHEPHERD["label"] + " more"}, "behind the last marker")
+    refused("math_shepherd", {"input": "q Step 1: a", "label": "q Step 1: a"}, "expected one at the end of each step")
+    refused("math_shepherd", {"input": "q a ки", "label": "q a +"}, "found no 'Step 1:' before the first marker")
+
+
+def test_prm800k_keeps_three_values_and_makes_alternatives() -> None:
+    out = adapted("prm800k", PRM)
+    wrong, right = [item for item in out if isinstance(item, Example)]
+    assert (wrong.completion, wrong.spans, wrong.reward, wrong.finished) == ("x=12", (Span(0, 4, -1.0),), -1.0, False)
+    assert right.completion == "Divide by 2.\nHm."
+    assert (right.spans, right.reward, right.finished) == ((Span(0, 12, 1.0), Span(13, 16, 0.0)), 1.0, True)
+    assert out.count(Dropped("step without a rating")) == 1
+    assert wrong.group == right.group
+    given_up = {"question": PRM["question"], "label": PRM["label"] | {"finish_reason": "give_up"}}
+    assert [e.finished for e in examples("prm800k", given_up)] == [False, False]
+
+
+def test_prm800k_steps_that_people_wrote_have_no_span() -> None:
+    human = {
+        "completions": [{"text": "no", "rating": -1}],
+        "human_completion": {"text": "Ours.", "rating": None},
+        "chosen_completion": None,
+    }
+    last = {"completions": [{"text": "# Answer\n3", "rating": 1}], "human_completion": None, "chosen_completion": None}
+    row = {"question": {"problem": "p"}, "label": {"steps": [human, last]}}
+    no, answer = examples("prm800k", row)
+    assert (no.completion, no.finished) == ("no", False)
+    assert answer.completion == "Ours.\n# Answer\n3"
+    assert (answer.spans, answer.reward, answer.finished) == ((Span(6, 16, 1.0),), 1.0, True)
+
+
+def test_identical_prompts_share_a_group_and_others_do_not() -> None:
+    groups = [only("scored", SCORED | {"prompt": prompt}).group for prompt in ("a", "a", "b", "")]
+    assert groups[0] == groups[1]
+    assert len(set(groups)) == 3
+    first = only("scored", SCORED | {"prompt": [{"role": "user", "content": "a"}]}).group
+    second = only("scored", SCORED | {"prompt": [{"content": "a", "role": "user"}]}).group
+    assert first == second != groups[0]
+
+
+DETECTED: list[tuple[Row, str, Row]] = [
+    (DEMO, "prompt_completion", {}),
+    (CHAT, "messages", {}),
+    (CHAT | {"reward": 0.5}, "messages", {"reward": "reward"}),
+    (GPT, "sharegpt", {}),
+    (ALPACA, "alpaca", {"input": "input"}),
+    (SCORED, "scored", {}),
+    (
+        SCORED | {"logprobs": [-1.0], "finish_reason": "stop"},
+        "scored",
+        {"logprobs": "logprobs", "finish_reason": "finish_reason"},
+    ),
+    (SCORED | {"id": 3, "source": "toy", "label": None}, "scored", {}),
+    (BINARY, "binary", {}),
+    (PAIR, "preference", {"prompt": "prompt"}),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "preference", {}),
+    (
+        PAIR | {"prompt_id": "p1", "messages": [user("p"), bot("a")], "score_chosen": 8.5, "score_rejected": 3},
+        "preference",
+        {"prompt": "prompt", "chosen_reward": "score_chosen", "rejected_reward": "score_rejected"},
+    ),
+    (
+        PAIR | {"chosen_rating": 5.0, "rejected_rating": 3.0},
+        "preference",
+        {"prompt": "prompt", "chosen_reward": "chosen_rating", "rejected_reward": "rejected_rating"},
+    ),
+    (ROLLOUTS, "rollouts", {}),
+    (
+        ROLLOUTS | {"logprobs": [[-0.1], [-0.2]], "answer": "12"},
+        "rollouts",
+        {"logprobs": "logprobs", "answer": "answer"},
+    ),
+    (RATED | {"model_names": ["a", "b"], "rationales": ["x", "y"]}, "ratings", {}),
+    (REVIEWED, "ultrafeedback", {}),
+    (HELP3, "helpsteer3", {}),
+    (STEPS, "steps", {}),
+    (SHEPHERD, "math_shepherd", {}),
+    (PRM, "prm800k", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "settings"), DETECTED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_detection(row: Row, name: str, settings: Row, tmp_path: Path) -> None:
+    choice = detect([row])
+    assert (choice.name, dict(choice.settings)) == (name, settings)
+    found = read_examples(saved(tmp_path, row))
+    assert list(found)
+    assert found.description == choice.describe()
+
+
+def test_every_built_in_format_is_detected_or_needs_a_setting() -> None:
+    detected = {name for _, name, _ in DETECTED}
+    assert set(adapter) - detected == {"attributes"}
+
+
+def test_the_description_names_roles_and_what_is_ignored() -> None:
+    choice = detect([SCORED | {"id": 3, "group": "g"}])
+    assert (
+        choice.describe()
+        == "scored: prompt -> prompt, completion -> completion, reward -> reward, group -> group; ignored: id"
+    )
+    assert choice.line == "adapter: {name: scored, group: group}"
+    assert Choice("messages", {}, {}).line == "adapter: messages"
+    odd = Choice("scored", {"prompt": "my question", "reward": "yes", "good": 1.0, "group": None}, {})
+    assert yaml.safe_load(odd.line) == {"adapter": {"name": "scored", **odd.settings}}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            DEMO | {"score": 0.5},
+            ["`adapter: {name: scored, reward: score}`", "`adapter: prompt_completion` (ignores score)"],
+        ),
+        (
+            {"question": "q", "answer": "a", "score": 1.0},
+            ["`adapter: {name: scored, prompt: question, completion: answer, reward: score}`"],
+        ),
+        ({"input": "q", "output": "a", "reward": 0.7}, ["{name: scored, prompt: input, completion: output}"]),
+        (HELP, ["attributes lacks weights", "{name: prompt_completion, completion: response}"]),
+        ({"prompt": [user("q")], "reward_model": {"ground_truth": "2"}}, ["lacks completion (text or messages)"]),
+        (SCORED | {"reward": "4"}, ["scored lacks reward (number)"]),
+        (CHAT | {"label": True}, ["`adapter: messages` (ignores label)"]),
+        (SCORED | {"advantage": 0.3}, ["`adapter: scored` (ignores advantage)"]),
+        (CHAT | {"tools": [{"type": "function"}]}, ["`adapter: messages` (ignores tools)"]),
+        (DEMO | {"completion_weight": 0.3}, ["ignores completion_weight"]),
+    ],
+)
+def test_what_fits_no_format_names_the_columns_and_the_line_to_write(row: Row, expected: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        detect([row])
+    message = str(caught.value)
+    assert message.startswith(f"adapter: the columns {', '.join(row)} fit no format; nearest: ")
+    assert [part for part in expected if part not in message] == []
+    assert "\n" not in message
+
+
+def test_what_fits_two_formats_is_not_guessed() -> None:
+    row = SCORED | {"completions": ["a"], "rewards": [1.0]}
+    row = {"prompt": "p", "completion": "a", "messages": [user("q"), bot("a")]}
+    with pytest.raises(DataError, match="fit no format"):  # either leaves the other's content out
+        detect([row])
+
+
+def test_several_score_columns_are_not_guessed(tmp_path: Path) -> None:
+    row = PAIR | {"chosen_rating": 1, "score_chosen": 2, "rejected_rating": 0, "score_rejected": 1}
+    message = r"chosen_reward: found the columns score_chosen, chosen_rating, expected one; write `adapter: \{name: preference"
+    with pytest.raises(DataError, match=message):
+        detect([row])
+    file = saved(tmp_path, row)
+    with pytest.raises(DataError, match=message):
+        read_examples(file, "preference")
+    given = {"name": "preference", "chosen_reward": "chosen_rating", "rejected_reward": "rejected_rating"}
+    assert [e.reward for e in read_examples(file, given)] == [1.0, 0.0]
+
+
+def test_columns_are_judged_by_all_sampled_rows() -> None:
+    assert detect([DEMO, DEMO | {"note": 1}]).ignored == ("note",)
+    with pytest.raises(DataError, match="fit no format"):
+        detect([SCORED, SCORED | {"reward": "high"}])
+    assert detect([SCORED | {"reward": 1}, SCORED | {"reward": 0.5}, SCORED | {"reward": None}]).name == "scored"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "scored",
+            r"reward: found no column 'reward' among question, completion, scor, .*did you mean|prompt: found no column",
+        ),
+        (
+            {"name": "scored", "prompt": "question"},
+            r"adapter 'scored': reward: found no column 'reward' among .* expected number there; "
+            r"did you mean 'score'\? write `adapter: \{name: scored, prompt: question, reward: score\}`",
+        ),
+        ({"name": "scored", "prompt": "questoin"}, r"prompt: found no column 'questoin' .* did you mean 'question'\?"),
+        ({"name": "scored", "prompt": "meta.q"}, "prompt: found no column 'meta.q'"),
+        (
+            {"name": "attributes", "prompt": "question", "response": "completion"},
+            r"weights: found none, expected text; the columns of numbers are score",
+        ),
+        (
+            {"name": "attributes", "prompt": "question", "response": "completion", "weights": {"scor": 1}},
+            "scor: found no such column",
+        ),
+    ],
+)
+def test_a_misspelt_mapping_is_answered_with_the_line_to_write(spec: Any, message: str, tmp_path: Path) -> None:
+    file = saved(tmp_path, {"question": "q", "completion": "a", "score": 1.0, "meta": {"p": 1}})
+    with pytest.raises(DataError, match=message):
+        list(read_examples(file, spec))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("scord", r"adapter 'scord' is unknown; did you mean 'scored'\?"),
+        ({"name": "scored", "rewrad": "x"}, r"adapter 'scored': 'rewrad' is no setting of it; did you mean 'reward'\?"),
+        ({"name": "binary", "good": "x"}, "good: found 'x', expected a number"),
+        ({"name": "scored", "reward": None}, "reward: found None, expected text"),
+    ],
+)
+def test_adapter_settings_are_checked(spec: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        read_examples(saved(tmp_path, SCORED | {"label": True}), spec)
+
+
+def test_weights_of_attributes_as_a_mapping(tmp_path: Path) -> None:
+    spec = {"name": "attributes", "weights": {"helpfulness": 1, "verbosity": -0.5}}
+    assert [e.reward for e in read_examples(saved(tmp_path, HELP), spec)] == [2.5]
+
+
+def test_optional_columns_are_found_by_name_unless_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path, ROLLOUTS | {"logprobs": [[-0.1], [-0.2]]}, ROLLOUTS)
+    found = read_examples(file, "rollouts")
+    assert found.choice.columns["logprobs"] == "logprobs"
+    assert [e.behavior_logp for e in found] == [[-0.1], [-0.2], None, None]
+    assert [e.behavior_logp for e in read_examples(file, {"name": "rollouts", "logprobs": None})] == [None] * 4
+
+
+def test_a_column_is_not_taken_twice(tmp_path: Path) -> None:
+    file = saved(tmp_path, {"question": "q", "answer": "a", "score": 1.0})
+    found = read_examples(file, {"name": "scored", "prompt": "question", "completion": "answer", "reward": "score"})
+    assert [e.answer for e in found] == [None]
+
+
+def test_the_account(tmp_path: Path) -> None:
+    rows = [PAIR, PAIR | {"rejected": "a"}, PAIR | {"chosen": "pa", "rejected": "pb"}]
+    found = read_examples(saved(tmp_path, *rows))
+    for _ in range(2):  # each iteration reads anew
+        assert [e.source.row for e in found] == [1, 1, 3, 3]
+        assert found.rows_read == 3
+        assert found.ledger.examples == 4
+        assert dict(found.dropped) == {"tie: both completions are the same": 1}
+        assert dict(found.notes) == {"prompt at the start of both completions taken off": 1}
+    assert str(found.ledger).startswith("3 rows; 4 examples; dropped 1: tie")
+
+
+def test_a_group_with_several_prompts_is_noted_once(tmp_path: Path) -> None:
+    rows = [SCORED | {"group": "g", "prompt": prompt} for prompt in ("a", "b", "b", "a")]
+    found = read_examples(saved(tmp_path, *rows, SCORED | {"group": "h"}))
+    assert [e.group for e in found] == ["g", "g", "g", "g", "h"]
+    assert dict(found.notes) == {"group with several prompts": 1}
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    file = saved(tmp_path, PAIR | {"rejected": "a"})
+    with pytest.raises(DataError, match=r"found no examples \(1 rows; 0 examples; dropped 1: tie"):
+        list(read_examples(file))
+
+
+def test_bad_rows_and_bad_lines_are_counted_together(tmp_path: Path) -> None:
+    file = saved(tmp_path, *[SCORED] * 1001, SCORED | {"reward": "4"}, SCORED)
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write("oops\n")
+    got, error = until_refused(read_examples(file, "scored"))
+    assert len(got) == 1001
+    assert error.count == 2
+    assert error.problems[0].startswith(f"{file}:1002: reward: found text '4'")
+    assert error.problems[1].startswith(f"{file}:1004:1: not JSON")
+
+
+def test_a_row_with_one_bad_completion_gives_none(tmp_path: Path) -> None:
+    file = saved(tmp_path, ROLLOUTS | {"rewards": [1.0, None]})
+    got, error = until_refused(read_examples(file))
+    assert "rewards[1]: found null" in str(error)
+    assert got == []
+
+
+OWN = """
+from rwft import Example
+
+def rows(row, source, *, scale: float = 2.0):
+    if row["score"] > 0:
+        yield Example(row["q"], row["a"], source, reward=scale * row["score"])
+"""
+
+
+def test_an_adapter_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    file = saved(tmp_path, {"q": "x", "a": "y", "score": 3}, {"q": "x", "a": "y", "score": -1})
+    found = read_examples(file, {"name": f"{tmp_path / 'mine.py'}:rows", "scale": 0.5})
+    [example] = found
+    assert (example.prompt, example.completion, example.reward) == ("x", "y", 1.5)
+    assert example.source == Source(str(file), 1)
+    assert found.rows_read == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("yield row['nope']", ObjectiveError, r"rows.jsonl:1: adapter 'rows' \(.*mine.py:2\): KeyError: 'nope'"),
+        ("yield 3", ObjectiveError, r"adapter 'rows' .*: yielded int, expected Example, Dropped or Coerced"),
+        (
+            "yield Example('a', 'b', source, reward=float('nan'))",
+            DataError,
+            "rows.jsonl:1: reward: found the number nan",
+        ),
+        ("yield Example('a', [], source)", DataError, "completion: found another kind than in prompt"),
+    ],
+)
+def test_what_ones_own_adapter_does_wrong(body: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    source = f"from rwft import Example\ndef rows(row, source):\n    {body}\n"
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    with pytest.raises(error, match=message):
+        list(read_examples(saved(tmp_path, SCORED), f"{tmp_path / 'mine.py'}:rows"))
+
+
+def test_every_adapter_is_documented_and_its_columns_are_typed() -> None:
+    for name in adapter:
+        entry = adapter.entry(name)
+        assert entry.function.__doc__, name
+        assert entry.reads == ("row", "source")
+        columns = columns_of(entry)
+        assert any(not column.optional for column in columns.values()), name
+        for column in columns.values():
+            assert column.optional == (column.default is None), f"{name}.{column.name}"
+            assert column.optional or re.fullmatch(r"\w+", str(column.default))

@@ -1,0 +1,397 @@
+"""Verifiers, sampling and intervals, against hand-worked numbers, enumerations and plain greedy decoding."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from rwft.config import EvaluateConfig, resolve
+from rwft.data.characters import character_tokenizer
+from rwft.errors import ConfigError, DataError, ObjectiveError
+from rwft.evaluate import (
+    Prompt,
+    evaluate,
+    evaluate_command,
+    evaluation_config,
+    held_out_prompts,
+    left_pad,
+    mean_interval,
+    pass_at,
+    sample,
+    sample_reward,
+    stop_ids,
+    wilson,
+)
+from rwft.policy import Policy
+from rwft.verifiers import build_verifier, last_number, verifier
+
+ROW: dict[str, Any] = {"prompt": "hal>", "answer": "ibm", "file": "held.jsonl", "row": 7, "reward": 1.0, "group": "g"}
+TINY = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tiny_policy(kind: str = "llama", spread: float = 1.0, positions: int = 64) -> Policy:
+    """A random model whose distributions are far from uniform."""
+    torch.manual_seed(5)
+    if kind == "llama":
+        model: Any = LlamaForCausalLM(LlamaConfig(**TINY, max_position_embeddings=positions))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=16, n_layer=2, n_head=2, n_positions=positions))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(0, spread)
+    return Policy(model, "float32")
+
+
+# -- verifiers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "completion", "answer", "score"),
+    [
+        ("exact_match", " ibm\n", "ibm", 1),
+        ("exact_match", "ibm.", "ibm", 0),
+        ("exact_match", "IBM", "ibm", 0),
+        ("contains", "it is ibm!", " ibm ", 1),
+        ("contains", "it is IBM!", "ibm", 0),
+        ({"name": "contains", "ignore_case": True}, "it is IBM!", "ibm", 1),
+        ({"name": "regex", "pattern": r"\b4\d\b"}, "so 42", None, 1),
+        ({"name": "regex", "pattern": r"\b4\d\b"}, "so 421", None, 0),
+        ("numeric", "3 + 4 = 7", "7", 1),
+        ("numeric", "7, I mean 8", "7", 0),
+        ("numeric", "1,234.50 dollars", "#### 1234.5", 1),
+        ("numeric", "none at all", "7", 0),
+        ("numeric", "100.01", "100", 0),
+        ({"name": "numeric", "tolerance": 1e-3}, "100.01", "100", 1),
+        ({"name": "numeric", "tolerance": 1e-3}, "100.11", "100", 0),
+        ({"name": "numeric", "tolerance": 0.5}, "0.4", "0", 1),
+        ("caesar", "ibm", None, 1),
+        ("caesar", "ibm ", None, 0),
+        ("reverse", "lah", None, 1),
+        ("reverse", "hal", None, 0),
+    ],
+)
+def test_verifiers(spec: Any, completion: str, answer: str | None, score: float) -> None:
+    assert build_verifier(spec)({**ROW, "answer": answer}, completion) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("it is 42.", 42.0),
+        ("x=-3", -3.0),
+        ("5-3", 3.0),
+        ("-1,000", -1000.0),
+        ("12,34", 34.0),
+        ("10,000,5", 5.0),
+        ("1.5e3", 1500.0),
+        ("-.5E-2", -0.005),
+        ("is...5", 5.0),
+        (r"\boxed{-7}", -7.0),
+        ("a1", None),
+        ("", None),
+        ("1,000,000 of 2", 2.0),
+    ],
+)
+def test_last_number(text: str, number: float | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("exact", r"verifier 'exact' is unknown; did you mean 'exact_match'\?"),
+        ({"name": "regex"}, "'pattern' must be given: text"),
+        ({"name": "regex", "pattern": "("}, r"pattern '\(' does not compile"),
+        ({"name": "numeric", "tolerance": -1.0}, "tolerance: found -1.0, expected a number >= 0"),
+        ("nowhere.py:score", "verifier file 'nowhere.py' does not exist"),
+    ],
+)
+def test_verifier_mistakes(spec: Any, says: str) -> None:
+    with pytest.raises(ObjectiveError, match=says):
+        build_verifier(spec)
+
+
+def test_verifier_needs_the_answer_that_it_reads() -> None:
+    with pytest.raises(DataError, match=r"held.jsonl:7: no answer, which verifier 'exact_match' reads"):
+        build_verifier("exact_match")({**ROW, "answer": None}, "x")
+    with pytest.raises(DataError, match="answer 'many' holds no number"):
+        build_verifier("numeric")({**ROW, "answer": "many"}, "7")
+    with pytest.raises(DataError, match="the answer is empty"):
+        build_verifier("contains")({**ROW, "answer": " "}, "x")
+
+
+def test_own_verifier_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rwft import verifier\n\n@verifier\n"
+        "def half(row, completion, prompt, *, bonus: float = 0.0):\n"
+        "    return 0.5 + bonus if completion == prompt + row['answer'] else float('nan')\n"
+    )
+    own = build_verifier({"name": f"{tmp_path / 'mine.py'}:half", "bonus": 0.25})
+    assert own(ROW, "hal>ibm") == 0.75
+    with pytest.raises(ObjectiveError, match=r"verifier 'half' \(held.jsonl:7\): found nan, expected a finite number"):
+        own(ROW, "else")
+    verifier._entries.pop("half", None)
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "low", "high"),
+    [(0.5, 10, 0.236593, 0.763407), (1.0, 10, 0.722467, 1.0), (0.0, 10, 0.0, 0.277533), (0.81, 263, 0.758255, 0.852799)],
+)
+def test_wilson_solves_its_equation(share: float, n: int, low: float, high: float) -> None:
+    """The bounds are where |share - p| = 1.96 standard errors *at p*; the numbers come from that quadratic."""
+    z = 1.959963984540054
+    roots = np.roots([1 + z * z / n, -(2 * share + z * z / n), share * share])
+    assert wilson(share, n) == pytest.approx(tuple(sorted(roots.real)), abs=1e-9)
+    assert wilson(share, n) == pytest.approx((low, high), abs=2e-3 if n == 263 else 1e-6)
+
+
+def test_mean_interval() -> None:
+    assert mean_interval(np.ones(40), 0) == wilson(1.0, 40)
+    assert mean_interval(np.array([0.0, 1.0, 1.0, 1.0]), 0) == wilson(0.75, 4)
+    values = np.random.default_rng(1).normal(3.0, 2.0, 900)
+    low, high = mean_interval(values, 0)
+    half = 1.96 * values.std(ddof=1) / 30
+    assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert mean_interval(values, 0) == (low, high)
+
+
+def test_pass_at_against_all_subsets() -> None:
+    scores = np.array([[1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]], dtype=float)
+    expected = {
+        k: np.mean([np.mean([max(c) for c in itertools.combinations(row, k)]) for row in scores]) for k in (1, 2, 4, 6)
+    }
+    assert pass_at(scores) == pytest.approx(expected, abs=1e-12)
+    assert pass_at(scores[:, :1]) == {}
+    assert pass_at(scores * 0.5) == {}
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def greedy(policy: Policy, prompt: list[int], tokens: int) -> list[int]:
+    """Token by token, no cache, no padding."""
+    ids = list(prompt)
+    policy.eval()
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(int(policy.causal(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == 2:
+            break
+    return ids[len(prompt) :]
+
+
+PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_batched_greedy_is_greedy_one_by_one(kind: str) -> None:
+    policy, tokenizer = tiny_policy(kind), character_tokenizer()
+    config = EvaluateConfig(temperature=0.0, max_new_tokens=6, batch_size=3)
+    texts, finished = sample(policy, tokenizer, PROMPTS, config, seed=0)
+    for prompt, text, done in zip(PROMPTS, texts, finished, strict=True):
+        expected = greedy(policy, prompt, 6)
+        assert text == tokenizer.decode([token for token in expected if token != 2], skip_special_tokens=True)
+        assert done == (2 in expected)
+
+
+def test_left_pad() -> None:
+    ids, attention = left_pad([[5, 6, 7], [8]], pad=0)
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert attention.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_follow_the_policy_whatever_its_own_defaults_say(temperature: float) -> None:
+    """First tokens of 6000 samples against softmax(logits / temperature), within 4.5 standard errors."""
+    policy, tokenizer = tiny_policy(spread=0.5), character_tokenizer()
+    own = policy.causal.generation_config
+    own.do_sample, own.top_k, own.top_p, own.repetition_penalty, own.min_p = True, 2, 0.5, 3.0, 0.3
+    own.suppress_tokens = list(range(4, 60))
+    prompt = [1, 45, 46]
+    with torch.no_grad():
+        chance = (policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(-1).numpy()
+    config = EvaluateConfig(temperature=temperature, max_new_tokens=1, batch_size=2000)
+    texts, _ = sample(policy, tokenizer, [prompt] * 6000, config, seed=11)
+    likely = [token for token in range(4, 100) if chance[token] > 0.002]
+    shares = {token: texts.count(tokenizer.decode([token])) / 6000 for token in likely}
+    rest, expected_rest = 1 - sum(shares.values()), 1 - chance[likely].sum()
+    assert len(likely) > 5
+    for share, p in [*((shares[token], chance[token]) for token in likely), (rest, expected_rest)]:
+        assert abs(share - p) <= 4.5 * math.sqrt(p * (1 - p) / 6000)
+    assert policy.causal.generation_config is own
+
+
+def test_seed_and_state() -> None:
+    policy, tokenizer = tiny_policy(), character_tokenizer()
+    config = EvaluateConfig(max_new_tokens=5, batch_size=2)
+    policy.train()
+    before = torch.get_rng_state()
+    one, two, other = (sample(policy, tokenizer, PROMPTS * 4, config, seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(before, torch.get_rng_state())
+    assert policy.training
+    assert one == two
+    assert one != other
+
+
+def test_stop_ids_are_ends_not_letters() -> None:
+    """A model config's default EOS may be any id; it ends a completion only if it is a special token here."""
+    policy, tokenizer = tiny_policy(), character_tokenizer()
+    policy.causal.generation_config.eos_token_id = [40, 3]
+    assert stop_ids(policy, tokenizer) == {2, 3}
+    policy.causal.generation_config.eos_token_id = 40
+    assert stop_ids(policy, tokenizer) == {2}
+
+
+def test_text_ends_before_the_end_token() -> None:
+    policy, tokenizer = tiny_policy(), character_tokenizer()
+    with torch.no_grad():  # a head that says `</s>` whatever it sees
+        policy.causal.model.norm.weight.fill_(0)
+        policy.causal.lm_head.weight.fill_(0)
+        policy.causal.lm_head.bias = torch.nn.Parameter(torch.zeros(100))
+        policy.causal.lm_head.bias[2] = 50.0
+    texts, finished = sample(policy, tokenizer, PROMPTS, EvaluateConfig(max_new_tokens=3), seed=0)
+    assert texts == [""] * 4
+    assert finished == [True] * 4
+    with torch.no_grad():
+        policy.causal.lm_head.bias[2], policy.causal.lm_head.bias[40] = 0.0, 50.0
+    texts, finished = sample(policy, tokenizer, PROMPTS, EvaluateConfig(max_new_tokens=3), seed=0)
+    assert texts == [tokenizer.decode([40]) * 3] * 4
+    assert finished == [False] * 4
+
+
+def test_no_room_for_the_completion() -> None:
+    policy = tiny_policy(positions=10)
+    with pytest.raises(ConfigError, match=r"max_new_tokens: 4 after a prompt of 7 tokens, but the model has 10 positions; .* 3"):
+        sample(policy, character_tokenizer(), PROMPTS, EvaluateConfig(max_new_tokens=4), seed=0)
+    sample(policy, character_tokenizer(), PROMPTS, EvaluateConfig(max_new_tokens=3), seed=0)
+
+
+# -- a whole evaluation ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Any:
+    return resolve(
+        {
+            "model": {"config": {"model_type": "llama", **TINY, "max_position_embeddings": 32}, "tokenizer": "characters"},
+            "data": {"task": {"name": "caesar", "rows": 12, "heldout": 9, "completions": 3, "length": 4}},
+            "evaluate": {"verifier": "caesar", "samples": 2, "max_new_tokens": 6, "batch_size": 5},
+            "cache": str(tmp_path / "cache"),
+            "output": str(tmp_path / "run"),
+        }
+    )
+
+
+def held_out_file(config: Any) -> list[dict[str, Any]]:
+    (file,) = Path(config.cache).rglob("heldout.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_evaluation_against_plain_transformers(config: Any) -> None:
+    result = evaluate(config)
+    torch.manual_seed(config.train.seed)
+    model = LlamaForCausalLM(LlamaConfig(**TINY, max_position_embeddings=32)).eval()
+    tokenizer = character_tokenizer()
+    nll, tokens, rewards = [], [], []
+    for row in held_out_file(config):
+        for completion, reward in zip(row["completions"], row["rewards"], strict=True):
+            prompt, target = tokenizer(row["prompt"])["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"]
+            target = [*target, 2]
+            with torch.no_grad():
+                logp = model(input_ids=torch.tensor([prompt + target])).logits[0].double().log_softmax(-1)
+            nll.append(-sum(float(logp[len(prompt) - 1 + i, token]) for i, token in enumerate(target)))
+            tokens.append(len(target))
+            rewards.append(reward)
+    weight = np.array(rewards)
+    assert result.rows == 27
+    assert result.held_out["nll/mean"] == pytest.approx(sum(nll) / sum(tokens), rel=1e-5)
+    expected = (weight * nll).sum() / (weight * tokens).sum()
+    assert result.held_out["nll_reward_weighted/mean"] == pytest.approx(expected, rel=1e-5)
+    assert result.behavior == pytest.approx(weight.mean())
+    assert result.sampled is not None
+    assert (result.sampled.prompts, result.sampled.samples) == (9, 2)
+    assert set(result.sampled.pass_at) == {1, 2}
+    assert json.loads(json.dumps(result.to_json()))["sampled"]["verifier"] == "caesar"
+
+
+def test_prompts_are_what_training_saw(config: Any) -> None:
+    from rwft.data.prepare import prepare
+
+    tokenizer = character_tokenizer()
+    rows = prepare(config.data, tokenizer, frozenset(), Path(config.cache)).held_out
+    assert rows is not None
+    prompts = held_out_prompts(rows)
+    texts = [row["prompt"] for row in held_out_file(config)]
+    assert [p.row["prompt"] for p in prompts] == texts
+    assert [list(p.ids) for p in prompts] == [tokenizer(text)["input_ids"] for text in texts]
+    assert [p.row["answer"] for p in prompts] == [row["answer"] for row in held_out_file(config)]
+    assert held_out_prompts(rows, 4) == prompts[:4]
+
+
+def test_scores_reach_their_own_prompts(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verifier sees each text beside the row of the prompt that it was sampled for."""
+    prompts = [Prompt(tuple(ids), {**ROW, "prompt": str(len(ids)), "answer": str(i)}) for i, ids in enumerate(PROMPTS)]
+    import rwft.evaluate as module
+
+    monkeypatch.setattr(module, "held_out_prompts", lambda rows, limit: prompts)
+    policy, tokenizer = tiny_policy(), character_tokenizer()
+    settings = EvaluateConfig(temperature=0.0, max_new_tokens=4, samples=2, batch_size=3)
+    seen: list[tuple[str, str]] = []
+
+    def score(row: dict[str, Any], text: str) -> float:
+        seen.append((row["answer"], text))
+        return 1.0 if row["answer"] in "13" and len(seen) % 2 else 0.0
+
+    score.factor = "score"  # type: ignore[attr-defined]
+    result = sample_reward(policy, tokenizer, None, settings, score, seed=0)  # type: ignore[arg-type]
+    expected = [tokenizer.decode([t for t in greedy(policy, p, 4) if t != 2], skip_special_tokens=True) for p in PROMPTS]
+    assert seen == [(str(i), expected[i]) for i in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert result.per_prompt == (0.0, 0.5, 0.0, 0.5)
+    assert result.mean == 0.25
+    assert result.pass_at == {1: 0.25, 2: 0.5}
+
+
+def test_what_cannot_be_evaluated(config: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is neither a config file nor the folder of a run"):
+        evaluation_config(str(tmp_path / "nowhere"))
+    from rwft.config import to_yaml
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(ConfigError, match="the run is not finished"):
+        evaluation_config(str(tmp_path / "run"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b", "reward": 1.0}\n')
+    nothing = replace(config, data=replace(config.data, task=None, path=str(rows), eval_fraction=0.0))
+    with pytest.raises(ConfigError, match="no rows are held out"):
+        evaluate(nothing)
+
+
+def test_command_evaluates_what_a_run_exported(config: Any, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from rwft.config import to_yaml
+    from rwft.policy import export, load_policy
+
+    policy = load_policy(config.model, seed=42)
+    export(policy, character_tokenizer(), tmp_path / "run" / "model", "float32", merge=False)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    console = Console(record=True, file=io.StringIO(), width=160)
+    result = evaluate_command(str(tmp_path / "run"), ["evaluate.samples=1"], console)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == json.loads(json.dumps(result.to_json()))
+    other = evaluate(replace(config, train=replace(config.train, seed=42)))
+    assert result.held_out == pytest.approx(other.held_out, rel=1e-6)
+    assert "caesar, 9 prompts x 1" in console.export_text()

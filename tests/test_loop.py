@@ -1,0 +1,194 @@
+"""The loop: layout, resume, errors. What is proven here holds for every objective, because there is one loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwft.config import TrainConfig
+from rwft.errors import ConfigError, DataError, NonFiniteError, ObjectiveError
+from rwft.loop import learning_rate, train
+from tests.tiny import tiny
+
+LAYOUTS = [(16, 1), (1, 16), (4, 4)]
+CORE = ["sft", "dft", "rwr", "iw_sft", "iw_sft_token", "filtered_bc", "awr", "reinforce", "prob_power", "tis"]
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[k].double() - other[k].double()).abs().max()) for k in one)
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence", "sequence_sum", "weight"])
+@pytest.mark.parametrize("objective", CORE)
+def test_parameters_do_not_depend_on_the_layout(objective: str, normalize: str, tmp_path: Path) -> None:
+    finals = []
+    for size, accumulate in LAYOUTS:
+        name = f"{size}x{accumulate}"
+        config = tiny(
+            tmp_path,
+            f"train.batch_size={size}",
+            f"train.accumulate={accumulate}",
+            f"train.normalize={normalize}",
+            "train.steps=3",
+            objective=objective,
+            name=name,
+        )
+        train(config)
+        finals.append(parameters(tmp_path / name))
+    assert distance(finals[0], finals[1]) < 1e-9
+    assert distance(finals[0], finals[2]) < 1e-9
+
+
+def test_training_moves_the_parameters_and_lowers_the_nll(tmp_path: Path) -> None:
+    result = train(tiny(tmp_path, "train.steps=60"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    nll = [line["nll/mean"] for line in lines if "nll/mean" in line]
+    assert nll[0] == pytest.approx(math.log(100), rel=0.02)  # random weights: uniform over 100 characters
+    assert nll[-1] < nll[0] - 1.0
+    assert result.steps == 60 and result.held_out["nll/mean"] < nll[0]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("objective", ["sft", "iw_sft"])
+@pytest.mark.parametrize("dead_at", [1, 3, 4])
+def test_a_killed_run_goes_on_bit_by_bit(
+    objective: str, dead_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rwft.loop as loop
+
+    more = ("train.steps=6", "train.save_every=2", "model.dtype=float32", "train.clip=0.5")
+    train(tiny(tmp_path, *more, objective=objective, name="whole"))
+    config = tiny(tmp_path, *more, objective=objective, name="killed")
+    step = loop.optimiser_step
+
+    def dies(training, index, meter):  # type: ignore[no-untyped-def]
+        if index == dead_at:
+            raise Killed
+        step(training, index, meter)
+
+    monkeypatch.setattr(loop, "optimiser_step", dies)
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.setattr(loop, "optimiser_step", step)
+    train(config)
+    assert distance(parameters(tmp_path / "whole"), parameters(tmp_path / "killed")) == 0.0
+    whole, killed = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "killed"))
+    losses = [[json.loads(line).get("loss/mean") for line in lines] for lines in (whole, killed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rwft.loop as loop
+
+    config = tiny(tmp_path)
+    first = train(config)
+    monkeypatch.setattr(loop, "optimiser_step", lambda *_: pytest.fail("it trained again"))
+    assert train(config) == first
+
+
+def test_another_config_in_the_same_output_is_refused_unless_fresh(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    with pytest.raises(ConfigError, match=r"train\.lr: 0\.01, this config says 0\.02.*--fresh"):
+        train(tiny(tmp_path, "train.lr=0.02"))
+    train(tiny(tmp_path, "train.lr=0.02"), fresh=True)
+    assert (tmp_path / "run.previous-1" / "model").is_dir()
+    assert "lr: 0.02" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides", "error", "sentence"),
+    [
+        ("dff", (), ObjectiveError, "did you mean 'dft'"),
+        ("tis", ("data.path={folder}/bare.jsonl",), DataError, "log-probabilities of the behaviour policy"),
+        ("rwr", ("data.path={folder}/missing.jsonl",), DataError, "missing.jsonl"),
+        ("sft", ("model.path=/nowhere/at/all", "model.config=null"), ValueError, "no such folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(
+    objective: str, overrides: tuple[str, ...], error: type[Exception], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "a", "completion": "b", "reward": 1.0}\n' * 20)
+    with pytest.raises(error, match=sentence) as caught:
+        train(tiny(tmp_path, *(o.format(folder=tmp_path) for o in overrides), objective=objective))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_that_is_not_finite_stops_before_the_parameters_move(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(
+        "import torch\n"
+        "def explode(logp, progress):\n"
+        "    return torch.full_like(logp, float('nan')) if progress > 0.4 else torch.ones_like(logp)\n"
+    )
+    config = tiny(tmp_path, "train.save_every=1", objective=f"{tmp_path}/bad.py:explode")
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: objective 'explode' gave a weight that is not finite for row .*rollouts.jsonl"
+    ):
+        train(config)
+    saved = tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors"
+    assert all(bool(v.isfinite().all()) for v in load_file(saved).values())
+
+
+def test_an_objective_of_five_lines_trains(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rwft import objective\n\n\n@objective\ndef half_dft(logp, *, alpha: float = 0.5):\n    return (alpha * logp).exp()\n"
+    )
+    train(tiny(tmp_path, objective={"name": f"{tmp_path}/mine.py:half_dft", "alpha": 0.5}, name="mine"))
+    train(tiny(tmp_path, objective={"name": "prob_power", "alpha": 0.5}, name="built_in"))
+    assert distance(parameters(tmp_path / "mine"), parameters(tmp_path / "built_in")) == 0.0
+
+
+def test_rows_of_weight_zero_change_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rwft.setup as setup
+
+    train(tiny(tmp_path, objective=["dft", "filtered_bc"], name="skipped"))
+    monkeypatch.setattr(
+        setup, "zero_weight_rows", lambda objective, data: torch.zeros(len(data.train), dtype=torch.bool).numpy()
+    )
+    train(tiny(tmp_path, objective=["dft", "filtered_bc"], name="forwarded"))
+    assert distance(parameters(tmp_path / "skipped"), parameters(tmp_path / "forwarded")) < 1e-12
+
+
+def test_old_logp_is_the_policy_at_the_last_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "ratio.py").write_text(
+        "def ratio(logp, old_logp, progress):\n"
+        "    r = (logp - old_logp).exp()\n"
+        "    assert (float((r - 1).abs().max()) < 1e-12) == (float(progress) in (0.0, 0.5)), (r, progress)\n"
+        "    return r\n"
+    )
+    train(tiny(tmp_path, "train.snapshot_every=2", objective=f"{tmp_path}/ratio.py:ratio"))
+
+
+def test_reference_logp_is_computed_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rwft.setup as setup
+
+    train(tiny(tmp_path, objective="iw_sft", name="first"))
+    monkeypatch.setattr(setup, "row_logp", lambda *a, **k: pytest.fail("computed again"))
+    train(tiny(tmp_path, objective="iw_sft", name="second"))
+    assert distance(parameters(tmp_path / "first"), parameters(tmp_path / "second")) == 0.0
+
+
+def test_the_schedule() -> None:
+    config = TrainConfig(lr=1.0, warmup=0.2, schedule="cosine")
+    rates = [learning_rate(step, 10, config) for step in range(10)]
+    assert rates[:2] == [0.5, 1.0]
+    assert (
+        rates[2] == 1.0
+        and rates[6] == pytest.approx(0.5)
+        and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    )
+    assert learning_rate(6, 10, TrainConfig(lr=1.0, warmup=0.2, schedule="linear")) == pytest.approx(0.5)
+    assert learning_rate(9, 10, TrainConfig(lr=1.0, warmup=0.0, schedule="constant")) == 1.0
