@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import resource
 import statistics
 import subprocess
@@ -25,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rwft.head import Vocabulary, token_logprobs, weighted_loss  # noqa: E402
+from rwft.head import Vocabulary, token_logprobs, weighted_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -133,7 +134,7 @@ def workspace(name: str, case: Case) -> float:
     head(Case.random(8, 16, 64, case.x.dtype))  # what libraries load on first use is no workspace
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     head(case)
-    peak = next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+    peak = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
     gradients = case.x.numel() * case.x.element_size() + case.w.numel() * case.w.element_size()
     return (peak - resident) / gradients
 

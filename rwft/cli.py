@@ -84,20 +84,35 @@ def data(
     inspect_command(source, overrides or [])
 
 
-@app.command(epilog="Example: rwft check my_objective.py:sqrt_dft")
+@app.command(epilog="Examples: rwft check my_objective.py:sqrt_dft    rwft check configs/awr.yaml model.dtype=float64")
 def check(
-    objective: Annotated[str, typer.Argument(metavar="OBJECTIVE", help="A name, or path/to/file.py:function.")],
+    target: Annotated[
+        str, typer.Argument(metavar="OBJECTIVE|CONFIG", help="A name, path/to/file.py:function, or a YAML file.")
+    ],
+    overrides: Overrides = None,
 ) -> None:
-    """Put an objective through the conformance suite: gradient identity, independent rows, padding, shapes, locality."""
+    """Put an objective through the conformance suite; with a config, ask its data and model too whether layout changes the gradient."""
+    from rwft.invariance import check_config_command
     from rwft.testing import check_command
 
-    check_command(objective)
+    if target.endswith((".yaml", ".yml")):
+        check_config_command(target, overrides or [])
+    else:
+        check_command(target)
 
 
 def main() -> None:
     """Run the command line; mistakes end in one line on standard error and their exit status."""
     try:
-        app()
+        app(standalone_mode=True)
+    except SystemExit as done:
+        if done.code:
+            raise
     except RwftError as error:
         typer.echo(f"rwft: {error}", err=True)
         sys.exit(error.exit_status)
+    if "torch.distributed" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

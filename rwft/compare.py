@@ -32,7 +32,7 @@ from rwft.errors import ConfigError, RwftError
 PRIOR = "prior"
 SHORT = {"objective": "objectives", "objectives": "objectives", "seeds": "seeds", "workers": "workers"}
 BAND = (0.0, 1.0)
-COLUMNS = {"nll/mean": "NLL", "nll_good/mean": "of good rows", "nll_bad/mean": "of bad rows"}
+COLUMNS = {"nll/mean": "NLL", "nll_good/mean": "NLL good", "nll_bad/mean": "NLL bad"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs, their summaries in the order of the config (the prior first, if there is one), and the behaviour policy's rate.
+    """All runs, their summaries in the order of the config (a prior first), and the behaviour policy's rate.
 
     `behavior_exact`: the rate is known in closed form, not estimated from the rewards of the held-out rows.
     """
@@ -130,7 +130,7 @@ def objectives(config: Config) -> dict[str, Any]:
     for spec in specs:
         label = str(build_objective(spec))
         if slug(label) in folders:
-            raise ConfigError(f"compare.objectives: '{label}' comes twice, or shares the folder '{slug(label)}'; expected each once")
+            raise ConfigError(f"compare.objectives: '{label}' comes twice (folder '{slug(label)}'); expected each once")
         folders[slug(label)], out[label] = label, spec
     return out
 
@@ -143,7 +143,8 @@ def slug(label: str) -> str:
 def prior_job(config: Config, seed: int, fresh: bool) -> Job:
     """The SFT stage of a seed."""
     assert config.compare.prior is not None
-    return _job(config, PRIOR, seed, fresh, objective="sft", regularize=[], train=replace(config.compare.prior, seed=seed))
+    train = replace(config.compare.prior, seed=seed)
+    return _job(config, PRIOR, seed, fresh, objective="sft", regularize=[], train=train)
 
 
 def objective_jobs(config: Config, seed: int, fresh: bool) -> list[Job]:
@@ -154,7 +155,8 @@ def objective_jobs(config: Config, seed: int, fresh: bool) -> list[Job]:
     if config.compare.prior is not None:
         model = trained_model(config, Path(prior_job(config, seed, fresh).config.output) / "model")
     train = replace(config.train, seed=seed)
-    return [_job(config, label, seed, fresh, objective=o, model=model, train=train) for label, o in objectives(config).items()]
+    specs = objectives(config).items()
+    return [_job(config, label, seed, fresh, objective=spec, model=model, train=train) for label, spec in specs]
 
 
 def _job(config: Config, label: str, seed: int, fresh: bool, **changes: Any) -> Job:
@@ -239,11 +241,9 @@ def execute(job: Job) -> Outcome:
 
 def outcome(job: Job, folder: Path, evaluation: dict[str, Any]) -> Outcome:
     """A run's evaluation, with the course of its held-out figures."""
-    sampled = evaluation["sampled"] or {"mean": None, "low": None, "high": None}
-    curve = tuple(read_curve(folder / "metrics.jsonl"))
-    return Outcome(
-        job.label, job.seed, str(folder), sampled["mean"], sampled["low"], sampled["high"], evaluation["held_out"], curve
-    )
+    sampled, curve = evaluation["sampled"] or {}, tuple(read_curve(folder / "metrics.jsonl"))
+    score = sampled.get("mean"), sampled.get("low"), sampled.get("high")
+    return Outcome(job.label, job.seed, str(folder), *score, evaluation["held_out"], curve)
 
 
 def read_curve(path: Path) -> Iterable[tuple[int, dict[str, float]]]:
@@ -288,7 +288,7 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """The t with P(|T| < t) = `level`. With T = sqrt(freedom) tan(angle) the density becomes cos(angle)^(freedom - 1)."""
+    """The t with P(|T| < t) = `level`. With T = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1)."""
     angle = np.linspace(0.0, math.pi / 2, 200_001)
     density = np.cos(angle) ** (freedom - 1)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
@@ -296,7 +296,7 @@ def t_quantile(freedom: int, level: float = 0.95) -> float:
 
 
 def behavior_rate(config: Config, outcomes: Sequence[Outcome]) -> tuple[float | None, bool]:
-    """The behaviour policy's success on the held-out prompts: exact for an embedded task, else the mean reward logged."""
+    """The behaviour policy's success on the held-out prompts: exact for an embedded task, else the mean reward."""
     if config.data.task is not None:
         from rwft.data.tasks import load_task
 
@@ -319,30 +319,32 @@ def to_csv(outcomes: Sequence[Outcome]) -> str:
 
 def table(result: Comparison) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the printed table."""
-    names = [name for name in COLUMNS if any(name in s.held_out for s in result.summaries)]
-    head = ["objective", "success", "95% interval", "against behaviour", *(COLUMNS[name] for name in names)]
-    return head, [[s.label, *_score(s, result.behavior), *(s.held_out.get(n, "") for n in names)] for s in result.summaries]
+    known = [name for name in COLUMNS if any(name in s.held_out for s in result.summaries)]
+    names = known[1:] if len(known) == len(COLUMNS) else known[:1]
+    head = ["objective", "success", "95% interval", "vs logs", *(COLUMNS[name] for name in names)]
+    body = [
+        [s.label, *_score(s, result.behavior), *(s.held_out.get(name, "") for name in names)] for s in result.summaries
+    ]
+    return head, body
 
 
 def _score(s: Summary, behavior: float | None) -> list[str]:
-    """Mean, interval, and on which side of the behaviour policy's rate the interval lies."""
+    """Mean, interval, and where the interval lies against the behaviour policy's rate."""
     if s.success is None or s.low is None or s.high is None:
         return ["", "", ""]
-    if behavior is None:
-        return [f"{s.success:.3f}", f"{s.low:.3f} .. {s.high:.3f}", ""]
-    side = "above" if s.low > behavior else "below" if s.high < behavior else "covers it"
-    return [f"{s.success:.3f}", f"{s.low:.3f} .. {s.high:.3f}", f"{s.success - behavior:+.3f}, {side}"]
+    side = "" if behavior is None else "above" if s.low > behavior else "below" if s.high < behavior else "covers"
+    return [f"{s.success:.3f}", f"{s.low:.3f}-{s.high:.3f}", side]
 
 
 def _title(result: Comparison) -> str:
     if result.behavior is None:
-        return "held-out rows"
-    rate = f"{result.behavior:.3f}{' (exact)' if result.behavior_exact else ' (logged)'}"
-    return f"held-out rows; the behaviour policy succeeds on {rate}; NLL in nats a token"
+        return "held-out rows (NLL in nats a token)"
+    kind = "exact" if result.behavior_exact else "as logged"
+    return f"the logs' own rate of success, held out: {result.behavior:.3f} ({kind}); NLL in nats a token"
 
 
 def compare_command(path: str, overrides: Sequence[str], *, fresh: bool = False, console: Any = None) -> Comparison:
-    """`rwft compare`: a config and overrides, where `objective=sft,[dft,filtered_bc]`, `seeds=` and `workers=` are short forms."""
+    """`rwft compare`: a config and overrides; `objective=sft,[dft,rwr]`, `seeds=` and `workers=` are short forms."""
     return compare(load_config(path, [long_form(override) for override in overrides]), fresh=fresh, console=console)
 
 

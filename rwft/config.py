@@ -62,11 +62,11 @@ class ModelConfig:
     dtype: str = "float32"  # float32 | bfloat16 (trained weights stay float32, products in bfloat16) | float64
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
-    attention: str = "sdpa"  # sdpa | eager | flash_attention_2
+    attention: str = "auto"  # auto: the best that the model supports | sdpa | eager | flash_attention_2
 
     def __post_init__(self) -> None:
         _choice("model.dtype", self.dtype, ["float32", "bfloat16", "float64"])
-        _choice("model.attention", self.attention, ["sdpa", "eager", "flash_attention_2"])
+        _choice("model.attention", self.attention, ["auto", "sdpa", "eager", "flash_attention_2"])
         if (self.path is None) == (self.config is None):
             found = "neither" if self.path is None else "both"
             raise ConfigError(

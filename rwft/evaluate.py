@@ -84,15 +84,16 @@ def evaluate(config: Config, console: Any = None) -> Evaluation:
     with Display(console, main=True) as display:
         accelerator = start_accelerator(config)
         tokenizer = load_tokenizer(config.model)
-        data = prepare(config.data, tokenizer, frozenset(), Path(config.cache).expanduser(), display.ticker("reading rows"))
+        cache = Path(config.cache).expanduser()
+        data = prepare(config.data, tokenizer, frozenset(), cache, display.ticker("reading rows"))
         if data.held_out is None:
             raise ConfigError("evaluate: no rows are held out; set data.eval_path, or data.eval_fraction above 0")
         policy = load_policy(config.model, config.train.seed, accelerator.device)
         held_out = _likelihood(policy, tokenizer, data, accelerator)
-        sampled = None
+        sampled, seed = None, config.train.seed
         if verifier is not None:
             tick = display.ticker("sampling")
-            sampled = sample_reward(policy, tokenizer, data.held_out, config.evaluate, verifier, config.train.seed, tick)
+            sampled = sample_reward(policy, tokenizer, data.held_out, config.evaluate, verifier, seed, tick)
     name = config.model.path or "random weights"
     reward = data.held_out.reward
     behavior = None if np.isnan(reward).any() else float(reward.mean())
@@ -118,7 +119,7 @@ class Prompt:
 
 
 def held_out_prompts(rows: Rows, limit: int | None = None) -> list[Prompt]:
-    """Each distinct prompt once, in the order of the data, at most `limit`. Raises DataError for a row without context."""
+    """Each distinct prompt once, in the order of the data, at most `limit`; its row is the first with it."""
     prompts: dict[tuple[int, ...], Prompt] = {}
     for start in range(0, len(rows), 1024):
         if limit is not None and len(prompts) >= limit:
@@ -146,9 +147,9 @@ def sample_reward(
     prompts = held_out_prompts(rows, config.prompts)
     if not prompts:
         raise DataError("evaluate: there are no held-out prompts to sample from")
-    texts, finished = sample(policy, tokenizer, [p.ids for p in prompts for _ in range(config.samples)], config, seed, tick)
-    owners = [p.row for p in prompts for _ in range(config.samples)]
-    scores = np.array([verifier(row, text) for row, text in zip(owners, texts, strict=True)])
+    asked = [prompt for prompt in prompts for _ in range(config.samples)]
+    texts, finished = sample(policy, tokenizer, [prompt.ids for prompt in asked], config, seed, tick)
+    scores = np.array([verifier(prompt.row, text) for prompt, text in zip(asked, texts, strict=True)])
     scores = scores.reshape(len(prompts), config.samples)
     per_prompt = scores.mean(axis=1)
     low, high = mean_interval(per_prompt, seed)
@@ -233,17 +234,18 @@ def _check_room(policy: Policy, longest: int, new_tokens: int) -> None:
     room = getattr(policy.causal.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and longest + new_tokens > room:
         raise ConfigError(
-            f"evaluate.max_new_tokens: {new_tokens} after a prompt of {longest} tokens, but the model has {room} positions; "
-            f"expected at most {room - longest}"
+            f"evaluate.max_new_tokens: {new_tokens} after a prompt of {longest} tokens, but the model has {room} "
+            f"positions; expected at most {room - longest}"
         )
 
 
 @contextmanager
 def _sampling(policy: Policy, config: EvaluateConfig, stops: frozenset[int], pad: int) -> Iterator[None]:
-    """The model in evaluation mode with settings of ours alone: `generate` fills whatever is unset from the model's own."""
+    """The model in evaluation mode with our settings alone: `generate` fills what is unset from the model's own."""
     from transformers import GenerationConfig
 
-    settings: dict[str, Any] = {"do_sample": config.temperature > 0, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+    settings: dict[str, Any] = {"pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+    settings["do_sample"] = config.temperature > 0
     if config.temperature > 0:
         settings |= {"temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     causal, training = policy.causal, policy.training
@@ -287,7 +289,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def pass_at(scores: NDArray[np.float64]) -> dict[int, float]:
-    """`(prompts samples) -> {k: ...}` for k = 1, 2, 4, ... and all: mean of 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
+    """`(prompts samples) -> {k: ...}` for k = 1, 2, 4, ..., n: mean of 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
     n = scores.shape[1]
     if n == 1 or not np.isin(scores, (0.0, 1.0)).all():
         return {}
@@ -308,19 +310,22 @@ def evaluate_command(run: str, overrides: Sequence[str], console: Any = None) ->
     result = evaluate(config, console)
     if folder is not None:
         write_atomic(folder / "evaluation.json", json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
-    Display(console, main=True).table(f"{result.model} on {result.rows} held-out rows", ["figure", "value"], _figures(result))
+    title = f"{result.model} on {result.rows} held-out rows"
+    Display(console, main=True).table(title, ["figure", "value"], _figures(result))
     return result
 
 
 def evaluation_config(run: str, overrides: Sequence[str] = ()) -> tuple[Config, Path | None]:
-    """The config to evaluate with, and the folder of the run if it is one. Raises ConfigError if it is neither run nor config."""
+    """The config to evaluate with, and the folder of the run if it is one. Raises ConfigError if it is neither."""
     path = Path(run).expanduser()
     if path.is_file():
         return load_config(path, overrides), None
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"evaluate: '{run}' is neither a config file nor the folder of a run (it has no config.yaml)")
     if not (path / "model").is_dir():
-        raise ConfigError(f"evaluate: {path} has no exported model: the run is not finished; run `rwft train` again to go on")
+        raise ConfigError(
+            f"evaluate: {path} has no exported model, so the run is not finished; `rwft train` goes on with it"
+        )
     config = load_config(path / "config.yaml", overrides)
     return replace(config, model=trained_model(config, path / "model")), path
 

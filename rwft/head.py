@@ -38,14 +38,14 @@ from rwft.softmax import (
 
 __all__ = ["HeadResult", "Vocabulary", "distribution_signals", "token_logprobs", "weighted_loss"]
 
-MIN_BUDGET, MAX_BUDGET = 32 << 20, 256 << 20  # bytes of a chunk of logits; in between, a quarter of the gradients
+MIN_BUDGET, MAX_BUDGET = 64 << 20, 256 << 20  # bytes of a chunk of logits; in between, a quarter of the gradients
 Weigh = Callable[[dict[str, Tensor], slice], Tensor]
 Reference = tuple[Tensor, Vocabulary]
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    """What the head made of `n` positions. `loss` is differentiable in hidden states, weight and bias; all else is detached."""
+    """Of `n` positions. `loss` is differentiable in hidden states, weight and bias; all else is detached."""
 
     loss: Tensor  # ()
     logp: Tensor  # (n)
@@ -119,7 +119,7 @@ def distribution_signals(
 
 
 def chunk_rows(hidden: Tensor, vocabulary: Vocabulary, reference: Reference | None, budget: int | None) -> int:
-    """Rows of logits that fit `budget` bytes; by default a quarter of what the gradients take, within 32 to 256 MiB."""
+    """Rows of logits that fit `budget` bytes; by default a quarter of what the gradients take, within 64 to 256 MiB."""
     outputs = (hidden.numel() + vocabulary.weight.numel()) * hidden.element_size()
     budget = budget if budget is not None else min(max(outputs // 4, MIN_BUDGET), MAX_BUDGET)
     projections = [(hidden, vocabulary)] if reference is None else [(hidden, vocabulary), reference]
@@ -159,11 +159,12 @@ class _Gradients:
 
     @classmethod
     def like(cls, hidden: Tensor, vocabulary: Vocabulary, summed: torch.dtype) -> _Gradients:
-        """Zeros for what requires a gradient, if gradients are enabled; sums of several chunks in precision `summed`."""
+        """Zeros for what requires a gradient, if gradients are enabled; weight and bias in precision `summed`."""
 
         def zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            wanted = like is not None and like.requires_grad and torch.is_grad_enabled()
-            return torch.zeros_like(like, dtype=dtype) if wanted else None
+            if like is None or not like.requires_grad or not torch.is_grad_enabled():
+                return None
+            return torch.zeros_like(like, dtype=dtype)
 
         return cls(zeros(hidden, hidden.dtype), zeros(vocabulary.weight, summed), zeros(vocabulary.bias, summed))
 
@@ -185,7 +186,7 @@ class _Head:
     regularised: _Regularised | None
 
     def descend(self, rows: slice, weigh: Weigh) -> dict[str, Tensor]:
-        """Signals and coefficients, `(k)` each, of one group; its gradients are added where they gather."""
+        """Signals and coefficients, `(k)` each, of one group; its gradients go where they gather."""
         parts = list(equal_slices(rows.start, rows.stop, self.most))
         if self.regularised is None and (len(parts) == 1 or self.gradients.frozen):
             measured = merge([self.unit(part) for part in parts])
@@ -252,13 +253,12 @@ class _Head:
     def learn(self, part: slice, c: Tensor, products: Tensor | None) -> None:
         """All gradients of one chunk, its coefficients and penalties known; `products` if they are at hand."""
         products = self.policy.products(part) if products is None else products
-        ref_products = None if self.regularised is None else self.regularised.products(part)
+        if self.regularised is not None:
+            self.regularised.load(part)
         for block in blocks(products):
             rows, z = within(part, block), products[block].to(self.policy.exact)
             slope = finish_(z, self.policy.vocabulary)
-            extra = None
-            if self.regularised is not None:
-                extra = self.regularised.gradient(z, self.targets[rows], rows, ref_products, block)
+            extra = None if self.regularised is None else self.regularised.gradient(z, self.targets[rows], rows, block)
             torch.softmax(z, dim=-1, out=z)
             subtract_target_(z, self.targets[rows]).mul_(c[block, None])
             store_(products, block, z if extra is None else z.add_(extra), slope)
@@ -279,7 +279,12 @@ class _Regularised:
 
     @classmethod
     def begin(
-        cls, penalties: Sequence[Penalty], scale: Tensor | None, reference: Reference | None, policy: Projection, most: int
+        cls,
+        penalties: Sequence[Penalty],
+        scale: Tensor | None,
+        reference: Reference | None,
+        policy: Projection,
+        most: int,
     ) -> _Regularised:
         n = policy.x.shape[0]
         if scale is None or scale.shape != (n,):
@@ -298,16 +303,18 @@ class _Regularised:
         projection = None if reference is None else Projection.of(*reference, most)
         return cls(penalties, scale.detach().to(policy.exact), projection, values)
 
-    def products(self, part: slice) -> Tensor | None:
-        return None if self.reference is None else self.reference.products(part)
+    def load(self, part: slice) -> None:
+        """Makes the reference's products of one chunk."""
+        if self.reference is not None:
+            self.reference.products(part)
 
-    def gradient(self, logits: Tensor, targets: Tensor, rows: slice, ref_products: Tensor | None, block: slice) -> Tensor:
+    def gradient(self, logits: Tensor, targets: Tensor, rows: slice, block: slice) -> Tensor:
         """`(k v), (k) -> (k v)`: gradient of the penalties' part of the loss by logits; keeps the penalties."""
         ref_logp_all = None
-        if self.reference is not None and ref_products is not None:
-            ref_logp_all = ref_products[block].to(self.reference.exact)
-            finish_(ref_logp_all, self.reference.vocabulary)
-            ref_logp_all = ref_logp_all.log_softmax(dim=-1).to(logits.dtype)
+        if self.reference is not None:
+            ref_logits = self.reference.buffer[block].to(self.reference.exact)
+            finish_(ref_logits, self.reference.vocabulary)
+            ref_logp_all = ref_logits.log_softmax(dim=-1).to(logits.dtype)
         gradient, values = differentiate(self.penalties, logits, targets, ref_logp_all, self.scale[rows])
         for name, value in values.items():
             self.values[name][rows] = value
@@ -335,9 +342,9 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RwftError("head: backward ran twice through one loss; its gradients were handed over the first time")
         handed, ctx.gradients = ctx.gradients, None
         pairs = zip(handed, ctx.dtypes, strict=True)
-        return None, None, *(None if g is None else g.mul_(upstream).to(dtype) for g, dtype in pairs)
+        return None, None, *(None if g is None else g.mul_(upstream[0]).to(dtype) for g, dtype in pairs)

@@ -32,6 +32,7 @@ from rwft.softmax import (
 
 MIN_BUDGET, MAX_BUDGET = 8 << 20, 64 << 20  # bytes of a tile; in between, a sixteenth of the gradients
 WIDE = 4096  # columns of a tile before rows are divided too
+ALIGNED = 64  # columns come in multiples of this: rows of odd length cost half as much again in a product
 
 
 def token_logprobs(
@@ -72,50 +73,62 @@ class _TokenLogprobs(torch.autograd.Function):
         kinds = precision(hidden, weight)
         vocabulary = Vocabulary(weight, bias, scale, softcap)
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden.to(kinds.product), vocabulary.cast(kinds.product, kinds.exact), targets, kinds, budget)
-            logp, lse = tiles.normalise()
+            logp, lse = _Tiles.of(hidden, vocabulary, targets, kinds, budget).normalise()
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.settings = scale, softcap, budget, kinds
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         scale, softcap, budget, kinds = ctx.settings
         vocabulary = Vocabulary(weight, bias, scale, softcap)
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = _Tiles(hidden.to(kinds.product), vocabulary.cast(kinds.product, kinds.exact), targets, kinds, budget)
+            tiles = _Tiles.of(hidden, vocabulary, targets, kinds, budget)
             inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
             wanted = [like if need else None for like, need in inputs]
-            return *tiles.gradients(lse, upstream, wanted), None, None, None, None
+            return *tiles.gradients(lse, upstream[0], wanted), None, None, None, None
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Hidden states `(n h)` and a vocabulary, both in the precision of products, cut into tiles of logits."""
+    """Hidden states `(n h)` and a vocabulary in the precision of products; logits in tiles of `rows` by `columns`."""
 
     x: Tensor
     vocabulary: Vocabulary
     targets: Tensor
-    kinds: Precision
-    budget: int | None
+    exact: torch.dtype
+    rows: int
+    columns: int
+    area: Tensor  # where each tile is made
 
-    def cut(self) -> tuple[int, int]:
-        """Rows and columns of a tile."""
-        n, h = self.x.shape
-        v, size = self.vocabulary.size, self.kinds.product.itemsize
-        budget = self.budget or min(max((n + v) * h * size // 16, MIN_BUDGET), MAX_BUDGET)
+    @classmethod
+    def of(
+        cls, hidden: Tensor, vocabulary: Vocabulary, targets: Tensor, kinds: Precision, budget: int | None
+    ) -> _Tiles:
+        """Tiles of at most `budget` bytes: all rows by many columns, but rows are divided before columns get few."""
+        (n, h), v, size = hidden.shape, vocabulary.size, kinds.product.itemsize
+        budget = budget if budget is not None else min(max((n + v) * h * size // 16, MIN_BUDGET), MAX_BUDGET)
         area = max(1, budget // size)
-        rows = max(1, min(n, max(area // WIDE, 1)))
-        return rows, max(1, min(v, area // rows))
+        rows = max(1, min(n, area // WIDE))
+        columns = min(v, area // rows)
+        columns -= columns % ALIGNED if columns > ALIGNED else 0
+        x = hidden.detach().to(kinds.product)
+        vocabulary = vocabulary.cast(kinds.product, kinds.exact)
+        return cls(x, vocabulary, targets, kinds.exact, rows, columns, x.new_empty(rows * columns))
 
-    def tiles(self, columns: slice, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """The products `(rows columns)` of each slice of rows, in a buffer that is used again."""
-        weight, n = self.vocabulary.weight[columns], self.x.shape[0]
-        buffer = self.x.new_empty(min(rows, n), weight.shape[0])
-        for part in equal_slices(0, n, rows):
-            yield part, torch.mm(self.x[part], weight.T, out=buffer[: part.stop - part.start])
+    def across(self) -> Iterator[slice]:
+        """Columns of the tiles."""
+        starts = range(0, self.vocabulary.size, self.columns)  # not equalised: an even width is what matters
+        return (slice(start, min(start + self.columns, self.vocabulary.size)) for start in starts)
+
+    def down(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the tiles of these columns, with their products."""
+        weight = self.vocabulary.weight[columns]
+        for rows in equal_slices(0, self.x.shape[0], self.rows):
+            shape = rows.stop - rows.start, weight.shape[0]
+            yield rows, torch.mm(self.x[rows], weight.T, out=self.area[: shape[0] * shape[1]].view(shape))
 
     def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Where the targets of these rows stand in these columns, `(k 1)`, and whether they do."""
@@ -125,16 +138,14 @@ class _Tiles:
 
     def normalise(self) -> tuple[Tensor, Tensor]:
         """`-> (n), (n)`: log-probability of each target and log-normaliser, over tiles of the vocabulary."""
-        rows, most = self.cut()
-        exact = self.kinds.exact
-        top = self.x.new_full((self.x.shape[0], 1), float("-inf"), dtype=exact)
+        top = self.x.new_full((self.x.shape[0], 1), float("-inf"), dtype=self.exact)
         total, chosen = torch.zeros_like(top), torch.zeros_like(top)
-        for columns in equal_slices(0, self.vocabulary.size, most):
+        for columns in self.across():
             tile = self.vocabulary.tile(columns)
-            for part, products in self.tiles(columns, rows):
+            for rows, products in self.down(columns):
                 for block in blocks(products):
-                    here = within(part, block)
-                    z = products[block].to(exact)
+                    here = within(rows, block)
+                    z = products[block].to(self.exact)
                     finish_(z, tile)
                     place, inside = self.local(here, columns)
                     chosen[here] += z.gather(1, place).where(inside, 0.0)
@@ -143,47 +154,47 @@ class _Tiles:
 
     def gradients(self, lse: Tensor, upstream: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
         """`(n), (n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, each like its input, or None."""
-        rows, most = self.cut()
         hidden, weight, bias = wanted
-        factor = (upstream * -self.vocabulary.scale).to(self.kinds.exact)
+        factor = (upstream * -self.vocabulary.scale).to(self.exact)
         fx = (self.x * factor[:, None]).to(self.x.dtype)
-        dx = None if hidden is None else torch.zeros_like(hidden, dtype=self.kinds.exact)
+        dx = None if hidden is None else torch.zeros_like(hidden, dtype=self.exact)
         dw, db = (None if like is None else torch.empty_like(like) for like in (weight, bias))
-        for columns in equal_slices(0, self.vocabulary.size, most):
-            tile = self.vocabulary.tile(columns)
-            dw_tile, db_tile = (self._start(like, columns) for like in (dw, db))
-            for part, products in self.tiles(columns, rows):
-                self._unit_(products, part, columns, lse)
+        for columns in self.across():
+            dw_tile, db_tile = (_begin(total, columns, self.exact) for total in (dw, db))
+            for rows, products in self.down(columns):
+                self.unit_(products, rows, columns, lse)
                 if dx is not None:
-                    accumulate_(dx[part], products.T, tile.weight)
+                    accumulate_(dx[rows], products.T, self.vocabulary.weight[columns])
                 if dw_tile is not None:
-                    accumulate_(dw_tile, products, fx[part])
+                    accumulate_(dw_tile, products, fx[rows])
                 if db_tile is not None:
-                    accumulate_rows_(db_tile, products, factor[part])
-            _store(dw, dw_tile, columns)
-            _store(db, db_tile, columns)
+                    accumulate_rows_(db_tile, products, factor[rows])
+            _finish(dw, dw_tile, columns)
+            _finish(db, db_tile, columns)
         return [None if dx is None or hidden is None else dx.mul_(factor[:, None]).to(hidden.dtype), dw, db]
 
-    def _unit_(self, products: Tensor, part: slice, columns: slice, lse: Tensor) -> None:
+    def unit_(self, products: Tensor, rows: slice, columns: slice, lse: Tensor) -> None:
         """`(k v)`: in place, from products to minus the gradient of `logp` by them, the scale left out."""
         tile = self.vocabulary.tile(columns)
         for block in blocks(products):
-            here = within(part, block)
-            z = products[block].to(self.kinds.exact)
+            here = within(rows, block)
+            z = products[block].to(self.exact)
             slope = finish_(z, tile)
             z.sub_(lse[here, None]).exp_()
             place, inside = self.local(here, columns)
             z.scatter_add_(1, place, -inside.to(z.dtype))
             store_(products, block, z, slope)
 
-    def _start(self, total: Tensor | None, columns: slice) -> Tensor | None:
-        """Zeros to accumulate these columns in: in place where the precision allows."""
-        if total is None or total.dtype == self.kinds.exact:
-            return None if total is None else total[columns].zero_()
-        return torch.zeros_like(total[columns], dtype=self.kinds.exact)
+
+def _begin(total: Tensor | None, columns: slice, exact: torch.dtype) -> Tensor | None:
+    """Zeros that gather the gradient of these columns: in place where `total` is exact."""
+    if total is None or total.dtype == exact:
+        return None if total is None else total[columns].zero_()
+    return torch.zeros_like(total[columns], dtype=exact)
 
 
-def _store(total: Tensor | None, part: Tensor | None, columns: slice) -> None:
+def _finish(total: Tensor | None, part: Tensor | None, columns: slice) -> None:
+    """Stores what was gathered elsewhere."""
     if total is not None and part is not None and total.dtype != part.dtype:
         total[columns] = part
 

@@ -70,7 +70,7 @@ def inspect_config(config: Config, display: Display) -> None:
     _distribution(display, "reward", known, len(data.train))
     _distribution(display, "trained tokens in a row", data.train.trained.astype(np.float64), len(data.train))
     _distribution(display, "tokens in a row", data.train.length.astype(np.float64) + 1, len(data.train))
-    _group_sizes(display, np.bincount(data.train.group)[np.unique(data.train.group)])
+    _group_sizes(display, np.unique(data.train.group, return_counts=True)[1])
     show_weights(objective, data, display)
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 
-from rwft.config import Config
+from rwft.config import Config, load_config
 from rwft.data.batching import Batch, Plan
-from rwft.loop import gradient
-from rwft.setup import Training
+from rwft.errors import ObjectiveError
+from rwft.progress import Display
+from rwft.run import RunFolder
+from rwft.setup import Training, prepare_training, start_accelerator
+from rwft.step import gradient
+from rwft.testing import check_objective
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2}
 """Largest relative difference of one gradient that rounding explains, by `model.dtype`."""
@@ -111,28 +118,26 @@ class Reversed:
 
 
 @contextmanager
-def rehearsal(config: Config, console: Any = None) -> Iterator[Training]:
+def rehearsal(config: Config, display: Display) -> Iterator[Training]:
     """A run made ready to step, in a folder that is thrown away."""
-    import tempfile
-
-    from rwft.loop import start_accelerator
-    from rwft.progress import Display
-    from rwft.run import RunFolder
-    from rwft.setup import prepare_training
-
-    with tempfile.TemporaryDirectory() as folder, Display(console, main=True) as display:
-        from pathlib import Path
-
+    with tempfile.TemporaryDirectory() as folder:
         accelerator = start_accelerator(replace(config, trackers=[]))
         yield prepare_training(config, accelerator, RunFolder(Path(folder), main=True), display)
 
 
-def check_config(config: Config, say: Callable[[str], None]) -> bool:
-    """Print how every layout fares; gives back whether all passed."""
-    with rehearsal(config) as training:
-        gaps = list(layout_gaps(training))
-    for gap in gaps:
-        say(
-            f"{'ok  ' if gap.passed else 'FAIL'} {gap.layout}: relative difference {gap.gap:.1e} (at most {gap.tolerance:.0e})"
+def check_config_command(path: str, overrides: Sequence[str]) -> None:
+    """`rwft check CONFIG`: each objective's laws, then every layout. Raises ObjectiveError if one fails."""
+    config = load_config(path, overrides)
+    with Display(Console(), main=True) as display, rehearsal(config, display) as training:
+        for factor in training.objective.factors:
+            check_objective(factor.entry.function)
+            display.say(f"ok   objective '{factor.entry.name}' keeps the laws")
+        gaps = []
+        for gap in layout_gaps(training):
+            verdict = "ok  " if gap.passed else "FAIL"
+            display.say(f"{verdict} {gap.layout}: gradient differs by {gap.gap:.1e} (at most {gap.tolerance:.0e})")
+            gaps.append(gap)
+    if not all(gap.passed for gap in gaps):
+        raise ObjectiveError(
+            f"{path}: the gradient depends on the layout: {', '.join(g.layout for g in gaps if not g.passed)}"
         )
-    return all(gap.passed for gap in gaps)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from rwft.compare import PRIOR
 
 if TYPE_CHECKING:
     from rwft.compare import Comparison, Outcome
@@ -18,15 +21,14 @@ FIGURES = {"nll_good/mean": "NLL of good rows", "nll_bad/mean": "NLL of bad rows
 
 def plot_comparison(result: Comparison, path: Path) -> None:
     """Draw success with 95% intervals and the behaviour policy's rate, beside held-out NLL (nats a token) by step."""
-    import os
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     scored = any(s.success is not None for s in result.summaries)
     names = _figures(result)
     widths = ([1.5] if scored else []) + [1.0] * len(names)
-    figure = Figure(figsize=(3.1 * sum(widths), 1.1 + 0.32 * max(6, len(result.summaries))), layout="constrained", dpi=200)
+    size = 3.1 * sum(widths), 1.1 + 0.32 * max(6, len(result.summaries))
+    figure = Figure(figsize=size, layout="constrained", dpi=200)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     if scored:
@@ -73,11 +75,13 @@ def _draw_success(axis: Any, result: Comparison) -> None:
 
 
 def _draw_curves(axis: Any, result: Comparison, name: str) -> None:
+    """The course of each objective; where there is a prior, from its end on, at step 0."""
+    start = next((s.held_out[name] for s in result.summaries if s.label == PRIOR), None)
     for index, s in enumerate(result.summaries):
-        runs = [o for o in result.outcomes if o.label == s.label]
-        steps, mean = mean_curve(runs, name)
-        if len(steps):
-            axis.plot(steps, mean, marker="o", markersize=2.5, linewidth=1.3, label=s.label, **look(index))
+        steps, mean = mean_curve([o for o in result.outcomes if o.label == s.label], name)
+        if s.label != PRIOR and steps:
+            points = (steps, mean) if start is None else ([0, *steps], [start, *mean])
+            axis.plot(*points, marker="o", markersize=2.5, linewidth=1.3, label=s.label, **look(index))
     axis.set_xlabel("step", fontsize=8)
     axis.set_title(f"{FIGURES[name]}, nats a token", fontsize=8, loc="left")
     _plain(axis)

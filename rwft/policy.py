@@ -133,10 +133,18 @@ def load_policy(config: ModelConfig, seed: int, device: torch.device | str = "cp
     model = _load_causal(config.path, config.revision, trained, config.attention, config.config, seed)
     _check_head(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     if config.lora is not None:
         model = _add_lora(model, config, seed)
     return Policy(model, config.dtype).to(device)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.20 or so
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def load_frozen(config: FrozenConfig, dtype: str, attention: str, device: torch.device | str) -> Policy:
@@ -151,7 +159,9 @@ def _load_causal(
     path: str | None, revision: str | None, dtype: torch.dtype, attention: str, config: Any, seed: int
 ) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the run has bars of its own
     if path is None:
         settings = dict(config)
         refuse_code(settings, "model.config")
@@ -161,7 +171,10 @@ def _load_causal(
             raise PolicyError(f"model.config: {' '.join(str(error).split())[:300]}") from None
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
-            architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            architecture,
+            dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=False,
         )
     _check_folder(path)
     try:
@@ -169,7 +182,7 @@ def _load_causal(
             path,
             revision=revision,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=False,
             use_safetensors=True,
         )

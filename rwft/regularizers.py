@@ -34,9 +34,9 @@ regularizer = Registry("regularizer", INPUTS, builtin="rwft.regularizers", group
 
 @regularizer
 def forward_kl(logp_all: Tensor, ref_logp_all: Tensor) -> Tensor:
-    r"""`(n v), (n v) -> (n)`: $\mathrm{KL}(\pi_{ref} \| \pi) = \sum_v \pi_{ref}(v) \log(\pi_{ref}(v) / \pi(v))$, in nats.
+    r"""`(n v), (n v) -> (n)`: $\mathrm{KL}(\pi_{ref} \| \pi) = \sum_v \pi_{ref}(v) \log \frac{\pi_{ref}(v)}{\pi(v)}$.
 
-    Mode-covering: the policy must keep mass wherever the reference has some. Its gradient by the
+    In nats. Mode-covering: the policy must keep mass wherever the reference has some. Its gradient by the
     logits is $\pi - \pi_{ref}$. With the objective `dft` and `coef: 0.05` this is ASFT.
     Reference: ASFT, arXiv 2509.23753.
     """
@@ -45,9 +45,9 @@ def forward_kl(logp_all: Tensor, ref_logp_all: Tensor) -> Tensor:
 
 @regularizer
 def reverse_kl(logp_all: Tensor, ref_logp_all: Tensor) -> Tensor:
-    r"""`(n v), (n v) -> (n)`: $\mathrm{KL}(\pi \| \pi_{ref}) = \sum_v \pi(v) \log(\pi(v) / \pi_{ref}(v))$, in nats.
+    r"""`(n v), (n v) -> (n)`: $\mathrm{KL}(\pi \| \pi_{ref}) = \sum_v \pi(v) \log \frac{\pi(v)}{\pi_{ref}(v)}$.
 
-    Mode-seeking, and the KL of reinforcement learning: the policy must not put mass where the
+    In nats. Mode-seeking, and the KL of reinforcement learning: the policy must not put mass where the
     reference has none. Exact at every position, where samples would only estimate it.
     """
     return (logp_all.exp() * (logp_all - ref_logp_all)).sum(dim=-1)
@@ -105,7 +105,7 @@ class Penalty:
         rows = next(iter(inputs.values())).shape[:1]
         if not isinstance(penalty, Tensor) or penalty.shape != rows:
             found = f"shape {tuple(penalty.shape)}" if isinstance(penalty, Tensor) else type(penalty).__name__
-            raise ObjectiveError(f"regularizer '{self.name}': found {found}, expected one penalty per position, {tuple(rows)}")
+            raise ObjectiveError(f"regularizer '{self.name}': found {found}, expected {tuple(rows)}, one per position")
         return penalty
 
     @property
@@ -141,7 +141,7 @@ def _penalty(spec: Mapping[str, Any]) -> Penalty:
 def differentiate(
     penalties: Sequence[Penalty], logits: Tensor, targets: Tensor, ref_logp_all: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`(k v), (k), (k v), (k) -> (k v), {name: (k)}`: penalties, and the gradient by logits of `sum coef * scale * penalty`.
+    """`(k v), (k), (k v), (k) -> (k v), {name: (k)}`: gradient by logits of `sum coef * scale * penalty`; penalties.
 
     Raises ObjectiveError if a penalty does not depend on the policy.
     """
@@ -155,7 +155,7 @@ def differentiate(
         values = {penalty.name: penalty.function(inputs) for penalty in penalties}
         for name, value in values.items():
             if not value.requires_grad:
-                raise ObjectiveError(f"regularizer '{name}': its penalty does not depend on logits or logp_all; nothing to learn")
+                raise ObjectiveError(f"regularizer '{name}': its penalty does not depend on logits or logp_all")
         total = torch.stack([penalty.coef * (scale * values[penalty.name]).sum() for penalty in penalties]).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
     return gradient, {name: value.detach() for name, value in values.items()}

@@ -118,6 +118,11 @@ class Training:
             out[mask > 0] = torch.as_tensor(np.concatenate([self.old_logp[int(i)] for i in indices]), dtype=mask.dtype)
         return out
 
+    def close_trackers(self) -> None:
+        """Let the trackers write what they hold; the process group stays for whoever trains next."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def track_kl(self, parts: list[tuple[Batch, Tensor]], step: int) -> None:
         """Move `kl_running` a tenth of the way to this step's mean log-ratio of a sequence to the reference."""
         if "kl_running" not in self.objective.reads:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwft.errors import ObjectiveError, PolicyError, did_you_mean
 
-BLOCK_BYTES = {"cpu": 2 << 20}  # a block of rows in float32: cache-sized on a CPU,
+BLOCK_BYTES = {"cpu": 1 << 20}  # a block of rows in float32: cache-sized on a CPU,
 ACCELERATOR_BLOCK_BYTES = 64 << 20  # and enough to fill an accelerator elsewhere
 TOP = 20  # tokens of `topk_entropy`
 
@@ -68,14 +68,16 @@ def check_shapes(hidden: Tensor, vocabulary: Vocabulary, targets: Tensor) -> Non
     """Refuse what does not fit `(n h), (v h), (v), (n)`, and targets outside the vocabulary (PolicyError)."""
     weight, bias = vocabulary.weight, vocabulary.bias
     if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise PolicyError(f"head: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}; expected (n h), (v h)")
+        raise PolicyError(f"head: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; expected (n h), (v h)")
     if targets.shape != hidden.shape[:-1]:
-        raise PolicyError(f"head: targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}; expected one each")
+        raise PolicyError(f"head: targets {tuple(targets.shape)}, hidden {tuple(hidden.shape)}; expected (n), (n h)")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise PolicyError(f"head: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}; expected (v)")
-    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary.size:
-        found = f"{int(targets.min())} to {int(targets.max())}"
-        raise PolicyError(f"head: found targets {found}; expected 0 to {vocabulary.size - 1} (leave untrained positions out)")
+        raise PolicyError(f"head: bias {tuple(bias.shape)}, weight {tuple(weight.shape)}; expected (v), (v h)")
+    if targets.numel():
+        low, high = map(int, torch.aminmax(targets))
+        if low < 0 or high >= vocabulary.size:
+            expected = f"0 to {vocabulary.size - 1} (leave untrained positions out)"
+            raise PolicyError(f"head: found targets {low} to {high}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def store_(products: Tensor, block: slice, z: Tensor, slope: Tensor | None) -> N
 
 
 def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`(m n), (k m), (k n) -> (m n)`: `total += left.T @ right` in the precision of `total`, without a temporary its size."""
+    """`(m n), (k m), (k n) -> (m n)`: `total += left.T @ right`, summed as exactly as `total` can, tile by tile."""
     if total.dtype == left.dtype:
         total.addmm_(left.T, right)
         return

@@ -330,3 +330,17 @@ LAWS: Mapping[str, Callable[[Objective], Iterator[str]]] = MappingProxyType(
     }
 )
 """Name -> generator of findings. The order is the order of the report."""
+
+
+def check_command(name: str) -> None:
+    """`rwft check`: show the report. Raises ObjectiveError, in one line, if a law is broken."""
+    from rich.console import Console
+
+    from rwft.progress import Display
+
+    report = examine(name)
+    with Display(Console(), main=True) as display:
+        display.say(*str(report).splitlines())
+    if not report.ok:
+        broken = ", ".join(finding.partition(":")[0] for finding in report.failed)
+        raise ObjectiveError(f"objective '{report.objective}' breaks: {broken}")

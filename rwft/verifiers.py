@@ -60,7 +60,7 @@ def regex(completion: str, *, pattern: str) -> bool:
 
 @verifier
 def numeric(completion: str, answer: str, *, tolerance: NonNegative = 1e-6) -> bool:
-    """The last number of the completion is the last number of the answer, within `tolerance` (relative, or absolute below 1).
+    """The last number of the completion is that of the answer, within `tolerance` (relative; absolute below 1).
 
     Thousands may be set off by commas. A completion without a number fails; an answer without
     one is an error in the data.
@@ -104,18 +104,18 @@ class Verifier:
 
         Raises DataError if the row lacks the answer that is read, ObjectiveError if the score is no finite number.
         """
-        name, given = self.factor.entry.name, {"row": row, "completion": completion}
-        given |= {"prompt": row["prompt"], "answer": row["answer"]}
+        name, where = self.factor.entry.name, f"{row['file']}:{row['row']}"
+        given = {"row": row, "completion": completion, "prompt": row["prompt"], "answer": row["answer"]}
         if "answer" in self.reads and row["answer"] is None:
-            raise DataError(f"{row['file']}:{row['row']}: no answer, which verifier '{name}' reads; map a column to it in data.adapter")
+            raise DataError(f"{where}: no answer, which verifier '{name}' reads; map a column to it in data.adapter")
         score = self.factor.entry.function(*(given[key] for key in self.reads), **self.factor.settings)
         if not isinstance(score, (bool, int, float)) or not math.isfinite(score):
-            raise ObjectiveError(f"verifier '{name}' ({row['file']}:{row['row']}): found {score!r}, expected a finite number or a bool")
+            raise ObjectiveError(f"verifier '{name}' ({where}): found {score!r}, expected a finite number or a bool")
         return float(score)
 
 
 def build_verifier(spec: Any) -> Verifier:
-    """A name, `path.py:function`, or `{name: ..., **settings}`. Raises ObjectiveError for what is unknown or out of bounds."""
+    """A name, `path.py:function` or `{name: ..., **settings}`. Raises ObjectiveError for what breaks the contract."""
     bound = bind_factor(verifier, spec)
     if bound.entry.name == "regex":
         _check_pattern(str(bound.settings["pattern"]))

@@ -122,7 +122,7 @@ def build_objective(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, 
     """
     if isinstance(spec, Objective):
         return spec
-    parts = [spec] if isinstance(spec, (str, Mapping)) else list(spec)
+    parts = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     if not parts:
         raise ConfigError("objective: an empty list; name at least one, for instance 'sft'")
     return Objective(tuple(bind_factor(objective, part) for part in parts))

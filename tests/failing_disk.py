@@ -159,7 +159,7 @@ class PowerLoss:
     # -- loss of power
 
     def disks(self, folder: Path) -> Iterator[tuple[Any, Path]]:
-        """Each disk that a loss of power at any moment could leave, built in `folder`, with what was acknowledged last."""
+        """Each disk that a loss of power could leave, built in `folder`, after what was acknowledged by then."""
         seen: set[str] = set()
         for moment in range(len(self.events) + 1):
             acknowledged = [what for kind, what in self.events[:moment] if kind == "ack"][-1:]

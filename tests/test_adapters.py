@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from rwft.data.adapters import Choice, adapter, detect, read_examples
-from rwft.data.adapters.contract import Coerced, Dropped, columns_of
+from rwft.data.adapters.contract import Coerced, Content, Dropped, columns_of
 from rwft.data.example import Example, Source, Span
 from rwft.data.ledger import BadRows
 from rwft.errors import DataError, ObjectiveError
+from rwft.registry import parse
 
 SOURCE = Source("rows.jsonl", 1)
 Row = dict[str, Any]
@@ -510,6 +511,7 @@ DETECTED: list[tuple[Row, str, Row]] = [
         "scored",
         {"logprobs": "logprobs", "finish_reason": "finish_reason"},
     ),
+    (SCORED | {"group_id": 7, "ground_truth": "2"}, "scored", {"group": "group_id", "answer": "ground_truth"}),
     (SCORED | {"id": 3, "source": "toy", "label": None}, "scored", {}),
     (BINARY, "binary", {}),
     (PAIR, "preference", {"prompt": "prompt"}),
@@ -597,8 +599,15 @@ def test_what_fits_no_format_names_the_columns_and_the_line_to_write(row: Row, e
     assert "\n" not in message
 
 
-def test_what_fits_two_formats_is_not_guessed() -> None:
-    row = SCORED | {"completions": ["a"], "rewards": [1.0]}
+def test_what_fits_two_formats_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twin(row: Any, source: Any, *, prompt: Content = "prompt", completion: Content = "completion") -> Any:
+        yield Example(row[prompt], row[completion], source)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(adapter._entries, "twin", parse(twin, "adapter", adapter.vocabulary))
+        message = "fit several formats, expected one; write `adapter: prompt_completion` or `adapter: twin`"
+        with pytest.raises(DataError, match=message):
+            detect([DEMO])
     row = {"prompt": "p", "completion": "a", "messages": [user("q"), bot("a")]}
     with pytest.raises(DataError, match="fit no format"):  # either leaves the other's content out
         detect([row])
@@ -606,7 +615,10 @@ def test_what_fits_two_formats_is_not_guessed() -> None:
 
 def test_several_score_columns_are_not_guessed(tmp_path: Path) -> None:
     row = PAIR | {"chosen_rating": 1, "score_chosen": 2, "rejected_rating": 0, "score_rejected": 1}
-    message = r"chosen_reward: found the columns score_chosen, chosen_rating, expected one; write `adapter: \{name: preference"
+    message = (
+        r"chosen_reward: found the columns score_chosen, chosen_rating, expected one; "
+        r"write `adapter: \{name: preference, chosen_reward: score_chosen\}` or "
+    )
     with pytest.raises(DataError, match=message):
         detect([row])
     file = saved(tmp_path, row)
@@ -628,7 +640,8 @@ def test_columns_are_judged_by_all_sampled_rows() -> None:
     [
         (
             "scored",
-            r"reward: found no column 'reward' among question, completion, scor, .*did you mean|prompt: found no column",
+            r"prompt: found no column 'prompt' among question, completion, score, meta, .* did you mean 'question'\? "
+            r"write `adapter: \{name: scored, prompt: question, reward: score\}`",
         ),
         (
             {"name": "scored", "prompt": "question"},

@@ -311,7 +311,7 @@ def test_a_tensor_of_another_class_is_refused(folder: Path) -> None:
     class Sharded(Tensor):
         pass
 
-    with pytest.raises(SaveError, match="'x': found a Sharded .*; gather it first"):
+    with pytest.raises(SaveError, match=r"'x': found a Sharded .*; gather it first"):
         CheckpointStore(folder).save(1, {"model": {"x": torch.ones(2).as_subclass(Sharded)}}, {}, {})
 
 

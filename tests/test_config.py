@@ -116,7 +116,7 @@ def test_a_hyperparameter_can_be_overridden_alone() -> None:
         (with_("model", dtype="bf16"), "model.dtype: 'bf16' is unknown; did you mean 'bfloat16'?"),
         (
             with_("model", attention="flash"),
-            "model.attention: 'flash' is unknown; known: eager, flash_attention_2, sdpa",
+            "model.attention: 'flash' is unknown; known: auto, eager, flash_attention_2, sdpa",
         ),
         (with_("model", lora={"rank": 0}), "model.lora.rank: found 0, expected a whole number >= 1"),
         (with_("model", lora={"dropout": 1.0}), "model.lora.dropout: found 1.0, expected a number in [0, 1)"),

@@ -147,7 +147,12 @@ def test_own_verifier_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("share", "n", "low", "high"),
-    [(0.5, 10, 0.236593, 0.763407), (1.0, 10, 0.722467, 1.0), (0.0, 10, 0.0, 0.277533), (0.81, 263, 0.758255, 0.852799)],
+    [
+        (0.5, 10, 0.236593, 0.763407),
+        (1.0, 10, 0.722467, 1.0),
+        (0.0, 10, 0.0, 0.277533),
+        (0.81, 263, 0.758255, 0.852799),
+    ],
 )
 def test_wilson_solves_its_equation(share: float, n: int, low: float, high: float) -> None:
     """The bounds are where |share - p| = 1.96 standard errors *at p*; the numbers come from that quadratic."""
@@ -222,7 +227,9 @@ def test_samples_follow_the_policy_whatever_its_own_defaults_say(temperature: fl
     own.suppress_tokens = list(range(4, 60))
     prompt = [1, 45, 46]
     with torch.no_grad():
-        chance = (policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(-1).numpy()
+        chance = (
+            (policy.causal(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(-1).numpy()
+        )
     config = EvaluateConfig(temperature=temperature, max_new_tokens=1, batch_size=2000)
     texts, _ = sample(policy, tokenizer, [prompt] * 6000, config, seed=11)
     likely = [token for token in range(4, 100) if chance[token] > 0.002]
@@ -274,7 +281,9 @@ def test_text_ends_before_the_end_token() -> None:
 
 def test_no_room_for_the_completion() -> None:
     policy = tiny_policy(positions=10)
-    with pytest.raises(ConfigError, match=r"max_new_tokens: 4 after a prompt of 7 tokens, but the model has 10 positions; .* 3"):
+    with pytest.raises(
+        ConfigError, match=r"max_new_tokens: 4 after a prompt of 7 tokens, but the model has 10 positions; .* 3"
+    ):
         sample(policy, character_tokenizer(), PROMPTS, EvaluateConfig(max_new_tokens=4), seed=0)
     sample(policy, character_tokenizer(), PROMPTS, EvaluateConfig(max_new_tokens=3), seed=0)
 
@@ -286,7 +295,10 @@ def test_no_room_for_the_completion() -> None:
 def config(tmp_path: Path) -> Any:
     return resolve(
         {
-            "model": {"config": {"model_type": "llama", **TINY, "max_position_embeddings": 32}, "tokenizer": "characters"},
+            "model": {
+                "config": {"model_type": "llama", **TINY, "max_position_embeddings": 32},
+                "tokenizer": "characters",
+            },
             "data": {"task": {"name": "caesar", "rows": 12, "heldout": 9, "completions": 3, "length": 4}},
             "evaluate": {"verifier": "caesar", "samples": 2, "max_new_tokens": 6, "batch_size": 5},
             "cache": str(tmp_path / "cache"),
@@ -308,7 +320,10 @@ def test_evaluation_against_plain_transformers(config: Any) -> None:
     nll, tokens, rewards = [], [], []
     for row in held_out_file(config):
         for completion, reward in zip(row["completions"], row["rewards"], strict=True):
-            prompt, target = tokenizer(row["prompt"])["input_ids"], tokenizer(completion, add_special_tokens=False)["input_ids"]
+            prompt, target = (
+                tokenizer(row["prompt"])["input_ids"],
+                tokenizer(completion, add_special_tokens=False)["input_ids"],
+            )
             target = [*target, 2]
             with torch.no_grad():
                 logp = model(input_ids=torch.tensor([prompt + target])).logits[0].double().log_softmax(-1)
@@ -357,7 +372,9 @@ def test_scores_reach_their_own_prompts(config: Any, monkeypatch: pytest.MonkeyP
 
     score.factor = "score"  # type: ignore[attr-defined]
     result = sample_reward(policy, tokenizer, None, settings, score, seed=0)  # type: ignore[arg-type]
-    expected = [tokenizer.decode([t for t in greedy(policy, p, 4) if t != 2], skip_special_tokens=True) for p in PROMPTS]
+    expected = [
+        tokenizer.decode([t for t in greedy(policy, p, 4) if t != 2], skip_special_tokens=True) for p in PROMPTS
+    ]
     assert seen == [(str(i), expected[i]) for i in (0, 0, 1, 1, 2, 2, 3, 3)]
     assert result.per_prompt == (0.0, 0.5, 0.0, 0.5)
     assert result.mean == 0.25

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from rwft.config import TrainConfig
 from rwft.errors import ConfigError, DataError, NonFiniteError, ObjectiveError
-from rwft.loop import learning_rate, train
+from rwft.loop import train
+from rwft.step import learning_rate
 from tests.tiny import tiny
 
 LAYOUTS = [(16, 1), (1, 16), (4, 4)]

@@ -478,7 +478,193 @@ MOVED: list[Row] = [  # settings away from their defaults
         [[6.0], [-2 / E]],
     ),
 ]
-TABLE += MOVED
+
+HALF = ln([0.5, 0.5])  # a behaviour policy that is not 1: an inverted or added ratio shows
+THREE = {  # three ranked rows of one token at the reference, and a lone row: every pair has sigma = 1/2
+    "logp": ln([0.5], [0.5], [0.5], [0.5]),
+    "ref_logp": ln([0.5], [0.5], [0.5], [0.5]),
+    "mask": tok([1], [1], [1], [1]),
+    "reward": seq(2, 1, 0, 5),
+    "group": torch.tensor([3, 3, 3, 4]),
+}
+Q = 1 / (1 + 4**0.1)  # sigma(-0.1 ln 4)
+
+EDGES: list[Row] = [  # defaults, boundaries, signs and second groups: what a small change to a formula would move
+    ({"name": "prob_power", "alpha": 0, "low": 0.5, "high": 0.5}, P, [[1.0, 0.0]]),
+    ("unlikelihood", {**P, "reward": seq(0)}, [[-1.0, -1 / 3]]),
+    # the untrained token has the highest score, and is not counted
+    (
+        "rho1",
+        {"logp": tok([-1.0, -3, -2, -99]), "ref_logp": tok([0.0, 0, 0, 0]), "mask": tok([1, 1, 1, 0])},
+        [[0.0, 1, 1, 0]],
+    ),
+    (
+        "token_cleaning",
+        {"ref_logp": tok([-1.0, -4, -1.5]), "aux_logp": tok([-2.0, -2, -1]), "mask": tok([1, 1, 1])},
+        [[0.0, 1, 1]],
+    ),
+    ("tis", {"logp": ln([1.5, 0.25]), "behavior_logp": HALF}, [[2.0, 0.5]]),
+    ("mis", {"logp": ln([1.5, 0.25]), "behavior_logp": HALF}, [[0.0, 0.5]]),
+    ("mis", {"logp": tok([LN2]), "behavior_logp": tok([0.0])}, [[2.0]]),
+    ("sequence_is", {"logp": ln([0.75, 0.25]), "behavior_logp": HALF, "mask": ALL}, [[0.75]]),
+    # deltas (-1) - (-1.2) = 0.2 and -0.05; the untrained token between them is passed over
+    (
+        "pear",
+        {"logp": tok([-1.0, -9, -1]), "behavior_logp": tok([-1.2, -1, -0.95]), "mask": tok([1, 0, 1])},
+        [[0.999 * math.exp(-0.05), 0.0, 1.0]],
+    ),
+    # ten tokens with delta 0.3: n after each, 0.999^n e^(0.3 n), at most 10
+    (
+        "pear",
+        {"logp": tok([1.0] * 10), "behavior_logp": tok([0.0] * 10), "mask": tok([1] * 10)},
+        [[10.0, 10.0, *[0.999**n * math.exp(0.3 * n) for n in (7, 6, 5, 4, 3, 2, 1, 0)]]],
+    ),
+    ({"name": "psft", "high": 1}, {"logp": ln([1.0, 1.5]), "old_logp": HALF}, [[2.0, 0.0]]),
+    ("rwr_max", {"reward": seq(4), "reward_max": one(3.0)}, [[1.0]]),
+    ("crr_exp", {"advantage": seq(LN2, 99)}, [[2.0], [20.0]]),
+    ("gft", {"logp": ln([0.5]), "advantage": seq(2)}, [[2.0]]),
+    # f = 9, then five times 10: the untrained token counts as p = 1
+    ("gold_p", {"old_logp": HALF, "ref_logp": tok([-1.0, -1.0]), "mask": tok([1, 0])}, [[29.5, 0.0]]),
+    ("a_lol_kl", {"advantage": seq(0.5)}, [[0.5]]),
+    ({"name": "a_lol_kl", "beta": 0.2}, {"advantage": seq(0)}, [[0.0]]),
+    # advantages between 0 and 1, both ways, with ratios 2 and 1/2
+    (
+        "ppo_clip",
+        {
+            "logp": ln([1.0, 0.25], [1.0, 0.25]),
+            "behavior_logp": ln([0.5, 0.5], [0.5, 0.5]),
+            "advantage": seq(0.5, -0.5),
+        },
+        [[0.0, 0.25], [-1.0, 0.0]],
+    ),
+    ({"name": "ppo_clip", "dual": 2}, {"logp": ln([1.0]), "behavior_logp": ln([0.5]), "advantage": seq(-1)}, [[-2.0]]),
+    ("cispo", {"logp": ln([4.5, 0.25]), "behavior_logp": HALF, "advantage": seq(-2)}, [[-10.0, -1.0]]),
+    ("cispo_clip", {"logp": ln([0.55, 0.25]), "behavior_logp": HALF, "advantage": seq(-2)}, [[-2.2, -1.6]]),
+    # s = 0.9 and 1.0002: too far to lose; near enough to gain
+    (
+        "gspo",
+        {
+            "logp": ln([0.45, 0.45], [0.5001, 0.5001]),
+            "behavior_logp": ln([0.5, 0.5], [0.5, 0.5]),
+            "advantage": seq(-1, 1),
+            "mask": tok([1, 1], [1, 1]),
+        },
+        [[0.0], [1.0002]],
+    ),
+    (
+        "gmpo",
+        {
+            "logp": tok([-0.8, -1.2], [-0.8, -1.2]),
+            "behavior_logp": tok([-1.0, -1.0], [-1.0, -1.0]),
+            "advantage": seq(0.5, -0.5),
+            "mask": tok([1, 1], [1, 1]),
+        },
+        [[0.5, 0.5], [-0.5, -0.5]],
+    ),
+    # on the clips: +-1 at width 1
+    (
+        {"name": "gmpo", "width": 1},
+        {
+            "logp": tok([1.0, -1.0], [1.0, -1.0]),
+            "behavior_logp": tok([0.0, 0.0], [0.0, 0.0]),
+            "advantage": seq(0.5, -0.5),
+            "mask": tok([1, 1], [1, 1]),
+        },
+        [[0.5, 0.5], [-0.5, -0.5]],
+    ),
+    # beyond them: 2 -> 1 to gain, -3 -> -1 to lose
+    (
+        {"name": "gmpo", "width": 1},
+        {
+            "logp": tok([2.0, -3.0], [2.0, -3.0]),
+            "behavior_logp": tok([0.0, 0.0], [0.0, 0.0]),
+            "advantage": seq(0.5, -0.5),
+            "mask": tok([1, 1], [1, 1]),
+        },
+        [[0.0, 0.5 / E], [-0.5 * math.exp(0.5), 0.0]],
+    ),
+    # rho = 1/2: x = -1/2 and -0.525; sigma(x) sigma(-x) = e^x / (1 + e^x)^2
+    (
+        "sapo",
+        {"logp": ln([0.25], [0.25]), "behavior_logp": ln([0.5], [0.5]), "advantage": seq(0.5, -1)},
+        [[math.exp(-0.5) / (1 + math.exp(-0.5)) ** 2], [-2 * math.exp(-0.525) / (1 + math.exp(-0.525)) ** 2]],
+    ),
+    # W = 1.5 * 2 = 3: 9 e^-6 / 2
+    (
+        "vespo",
+        {"logp": ln([0.75, 1.0]), "behavior_logp": HALF, "advantage": seq(0.5), "mask": ALL},
+        [[4.5 * math.exp(-6)]],
+    ),
+    # W = e^-100 counts as 1e-8: its fourth root is 1/100
+    (
+        {"name": "vespo", "gain_power": 0.25, "gain_decay": 0},
+        {"logp": tok([-100.0]), "behavior_logp": tok([0.0]), "advantage": seq(0.5), "mask": tok([1])},
+        [[0.005]],
+    ),
+    ("topr", {"logp": ln([0.25]), "behavior_logp": ln([0.5]), "reward": seq(0.5), "mask": tok([1])}, [[0.5]]),
+    (
+        "topr_geometric",
+        {"logp": ln([0.25]), "behavior_logp": ln([0.5]), "advantage": seq(0.5), "mask": tok([1])},
+        [[0.5]],
+    ),
+    # rates 1 and 0 count as 0.98 and 0.02; a reward of 1/2 is wrong
+    (
+        "nft",
+        {
+            "logp": ln([0.5], [0.5]),
+            "behavior_logp": ln([0.5], [0.5]),
+            "reward": seq(0.5, 0),
+            "group_mean": seq(1, 0),
+        },
+        [[-49.0], [-1 / 49]],
+    ),
+    ("dpo", PAIR, [[0.1 * Q], [-0.1 * Q]]),
+    ("ipo", PAIR, [[2 * (5 - 2 * LN2)], [-2 * (5 - 2 * LN2)]]),
+    ("rpo", PAIR, [[0.1 * Q + 0.5], [-0.1 * Q]]),
+    # pairs won 2, 1, 0 of 3; one token each
+    ({"name": "rpo", "beta": 2}, THREE, [[2 / 3 + 2 / 3], [1 / 3], [-2 / 3], [0.0]]),
+    ("treg", {**PAIR, "advantage": seq(1, 2)}, [[0.1 * Q + 0.025 * Q], [-0.1 * Q + 0.05 * Q]]),
+    # each row is in two of three pairs, with 1/2 each: 1/3; times 1/2 * 2 times its token reward
+    (
+        {"name": "treg", "beta": 2, "alpha": 0.5},
+        {**THREE, "advantage": seq(1, -1, 3, 9)},
+        [[1.0], [-1 / 3], [1 / 3], [0.0]],
+    ),
+    ("kto", {**PAIR, "kl_running": one(LN2)}, [[0.1 * Q * (1 - Q)], [-0.025]]),
+    ({"name": "kto", "beta": 1}, {**PAIR, "reward": seq(0, 0), "kl_running": one(LN2)}, [[-0.16], [-0.25]]),
+    ("dro", {**PAIR, "value": seq(0.5, 0.5)}, [[0.5 - 3 * LN2], [-0.5 - LN2]]),
+    # V* = ln((9 + 1) / 2) / 2 = ln(5) / 2
+    (
+        "a_star_po",
+        {**PAIR, "reward": seq(math.log(3), 0)},
+        [[2e-3 * (math.log(3) - math.log(5) / 2 - 3e-3 * LN2)], [2e-3 * (-math.log(5) / 2 - 1e-3 * LN2)]],
+    ),
+    # two groups of one: each is its own value
+    (
+        {"name": "a_star_po", "temperature": 1},
+        {**PAIR, "group": torch.tensor([1, 2])},
+        [[-6 * LN2], [-2 * LN2]],
+    ),
+    # one token: 0.06 (1 - 0.5 - 0.03 * 2)
+    (
+        "oreo",
+        {"logp": tok([-1.0]), "ref_logp": tok([-3.0]), "reward": seq(1), "value": seq(0.5), "mask": tok([1])},
+        [[0.06 * 0.44]],
+    ),
+    # the untrained middle counts nowhere: to go 3, -, 2; delta 4 - 1 - 1.5, -, 4 - 1 - 1; sums 1.5, -, 3.5
+    (
+        {"name": "oreo", "beta": 0.5},
+        {
+            "logp": tok([-1.0, 0, -1]),
+            "ref_logp": tok([-2.0, -99, -3]),
+            "reward": seq(4),
+            "value": seq(1),
+            "mask": tok([1, 0, 1]),
+        },
+        [[1.5, 0.0, 3.5]],
+    ),
+]
+TABLE += MOVED + EDGES
 
 
 def name_of(spec: Any) -> str:

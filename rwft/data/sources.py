@@ -81,7 +81,11 @@ def local_files(path: Any) -> list[Path] | None:
         if place.is_file():
             out.append(place)
         elif place.is_dir():
-            out += sorted(file for file in place.rglob("*") if file.is_file()) if _is_arrow(place) else _folder(place, origin.split)
+            out += (
+                sorted(file for file in place.rglob("*") if file.is_file())
+                if _is_arrow(place)
+                else _folder(place, origin.split)
+            )
         elif glob.has_magic(origin.path):
             out += _matches(str(place))
         else:

@@ -163,7 +163,7 @@ def write_task(
 def _distinct_texts(count: int, length: int, rng: np.random.Generator) -> list[str]:
     if count > len(LETTERS) ** length / 2:
         raise ConfigError(
-            f"data.task: {count} prompts are more than half of the {len(LETTERS) ** length} that {length} letters spell; "
+            f"data.task: {count} prompts are more than half of the {len(LETTERS) ** length} of {length} letters; "
             "lower rows or heldout, or raise length"
         )
     texts: dict[str, None] = {}
@@ -193,7 +193,7 @@ def _log(
 
 
 def task_files(spec: Any, folder: str | Path) -> tuple[Path, Path]:
-    """Training and held-out file of `data.task`, a name or `{name: ..., rows: ...}`; written below `folder` unless there.
+    """Training and held-out file of `data.task`, a name or `{name: ..., rows: ...}`; written below `folder` once.
 
     Raises ObjectiveError for an unknown setting or a value out of bounds, ConfigError for an unknown task.
     """

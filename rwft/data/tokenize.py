@@ -118,6 +118,7 @@ class Tokenize:
         self.tokenizer, self.config, self.needs_behavior = tokenizer, config, needs_behavior
         self.chat = Chat(tokenizer)
         self.end_ids = frozenset(end_tokens(tokenizer).values())
+        self.eos_id: int | None = tokenizer.eos_token_id
         self.opening = _opening(tokenizer)
 
     def __call__(self, example: Example) -> Tokens | Dropped:
@@ -140,7 +141,7 @@ class Tokenize:
 
     def stop_ids(self, example: Example) -> list[int]:
         """The ids that end a completion of this example's prompt: EOS, and the chat template's end of turn."""
-        stops = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        stops = [] if self.eos_id is None else [self.eos_id]
         if not isinstance(example.prompt, str):
             closing = self.chat.closing(example.prompt, example.source)
             stops += [] if closing is None else self._encode({closing})[closing].ids[:1]
@@ -238,12 +239,12 @@ class Tokenize:
         return Answer([*ids, self._eos(example)], [*weights, row.pieces[-1].weight], outside, True)
 
     def _eos(self, example: Example) -> int:
-        if self.tokenizer.eos_token_id is None:
+        if self.eos_id is None:
             raise DataError(
                 f"{example.source}: the completion is finished, but the tokenizer has no end-of-sequence token; "
                 "give it one (eos_token), or set data.eos: never"
             )
-        return self.tokenizer.eos_token_id
+        return self.eos_id
 
     def _fitted(self, example: Example, prompt: list[int], answer: Answer, notes: tuple[str, ...]) -> Tokens | Dropped:
         """The row within data.max_length, or what becomes of it beyond."""
@@ -309,7 +310,7 @@ def _tokens(
     return Tokens(
         ids=prompt + answer.ids,
         mask=mask,
-        weight=None if all(weight == 1 for weight in weights) else weights,
+        weight=None if set(answer.weights) <= {None, 1.0} else weights,
         behavior_logp=None if logged is None else [next(logged) if trained else 0.0 for trained in mask],
         step_reward=_step_rewards(example, before, answer) if example.spans else None,
         notes=notes,

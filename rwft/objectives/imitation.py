@@ -42,7 +42,7 @@ def dft(logp: Tensor) -> Tensor:
     recovers their distribution.
     Negative rewards: not read. The paper's offline setting is [dft, filtered_bc]; [dft, reinforce]
     is bounded for negative advantages, since the weight vanishes as $p \to 0$.
-    Reference: arXiv 2508.05629, eq. 9 and 13.
+    Reference: arXiv 2508.05629, eq. 13.
     Warning: the authors' code normalises by the tokens of the micro-batch; here Z is a setting of
     its own. Without the stop-gradient the weight would be $p (1 + \log p)$, negative for $p < 1/e$.
     Failures: hurts where the prior is weak (factual NQ: base 31.24, SFT 36.62, DFT 30.14, same
@@ -153,7 +153,7 @@ def unlikelihood(logp: Tensor, reward: Tensor, *, threshold: float = 0.0, alpha:
     lets go as $p \to 0$.
     Limits: alpha = 0 is filtered_bc; at small p it is -alpha times DFT.
     Negative rewards: the way to use them; bounded at small p, steep as $p \to 1$ ($1 - p$ is kept above 1e-5).
-    Reference: arXiv 1908.04319, eq. 4 and 6; the bound on $1 - p$ is the authors' code.
+    Reference: arXiv 1908.04319; the bound on $1 - p$ is the authors' code.
     Warning: the paper's negatives are tokens of the context; here they are the tokens of completions
     with a reward of at most `threshold`.
     """

@@ -48,7 +48,7 @@ def asymre(reward: Tensor, group_mean: Tensor, *, shift: float = -0.1) -> Tensor
     Limits: $\delta V \to -\infty$ is SFT (after dividing by it); 0 is reinforce with group_mean. On a bandit with V
     below the mean the limit is $(\mu (r - V) - \tau)_+ / (V^\mu - V)$; from the mean on the support collapses.
     Negative rewards: pushed away, outweighed by the rest if the shift is negative.
-    Reference: arXiv 2506.20520, eq. 3; rewards +1 and -1, shift -0.1.
+    Reference: arXiv 2506.20520; rewards +1 and -1, shift -0.1.
     Failures: a shift of 0 or more collapsed in all of the paper's runs.
     """
     return reward - group_mean - shift
@@ -78,7 +78,7 @@ def luffy(logp: Tensor, advantage: Tensor, *, gamma: Positive = 0.1) -> Tensor:
     so that improbable but crucial tokens of a demonstration count.
     Limits: $\gamma \to \infty$: $\gamma w \to A p$, rescaled DFT; largest at $p = \gamma$, A/4.
     Negative rewards: bounded: the weight vanishes as $p \to 0$.
-    Reference: arXiv 2504.14945, eq. 8; gamma 0.1.
+    Reference: arXiv 2504.14945; gamma 0.1.
     """
     p = logp.exp()
     return advantage * gamma * p / (p + gamma).square()
@@ -108,7 +108,7 @@ def gold_s(
     Limits: horizon 0 would leave $p_{MLE}(y_t)$ alone; with a floor of 0, a return of 1 and a snapshot at every
     step, DFT.
     Negative rewards: not read. [gold_s, reinforce] uses them, tapered down to the floor.
-    Reference: arXiv 2009.07839, section 3.2 (GOLD-s); the MLE model is `reference:`, the lagged policy the snapshot.
+    Reference: arXiv 2009.07839 (GOLD-s); the MLE model is `reference:`, the lagged policy the snapshot.
     Warning: the return is cut at 5 tokens as in the authors' code (the paper sums to the end); tokens past the end
     or not trained count as p = 1. The code's smoothing term is not weighted; there is none here. TRL's GOLD
     is another method.
@@ -135,7 +135,7 @@ def gold_p(
     $p_{MLE}(y)$ here.
     Limits: gold_s's; a return of 1 with a snapshot at every step is DFT.
     Negative rewards: not read; the return is at least c per token.
-    Reference: arXiv 2009.07839, section 3.2 (GOLD-p); b = -10 and c = 1 as in the authors' code.
+    Reference: arXiv 2009.07839 (GOLD-p); b = -10 and c = 1 as in the authors' code.
     Warning: as for gold_s.
     """
     quality = (ref_logp.where(mask > 0, 0.0) - baseline).clamp(min=low)
@@ -162,7 +162,7 @@ def a_lol(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, cl
     sequence, K, against the reference.
     Limits: clip 0, or the policy at its start, is a_lol_ref_free.
     Negative rewards: rows with a negative advantage are dropped.
-    Reference: arXiv 2305.14718, eq. 4; epsilon 0.9 as in its code; with normalize: sequence_sum.
+    Reference: arXiv 2305.14718; epsilon 0.9 as in its code; with normalize: sequence_sum.
     Warning: the advantage should be the reward less a value of the prompt under the reference. Sampling rows by
     their advantage as well, as the code can, would weigh them by its square.
     Failures: for long completions K is at one of its bounds nearly always.

@@ -78,12 +78,12 @@ def rpo(
     beta: Positive = 0.1,
     alpha: NonNegative = 1.0,
 ) -> Tensor:
-    r"""Iterative reasoning preference optimisation: DPO plus $\alpha / |y_w|$ on the chosen completion.
+    r"""Iterative reasoning preference optimisation: $w = w_{dpo} + 1[\text{chosen}] \, \alpha / |y|$.
 
     Why: the likelihood term keeps the chosen completion from losing probability along with the rejected one.
     Limits: alpha = 0 is dpo.
     Negative rewards: only their order counts.
-    Reference: arXiv 2404.19733, eq. 1. Other papers call other losses RPO.
+    Reference: arXiv 2404.19733. Other papers call other losses RPO.
     """
     wins = preferred(reward, group)
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -103,9 +103,9 @@ def treg(
     beta: Positive = 0.1,
     alpha: NonNegative = 0.25,
 ) -> Tensor:
-    r"""T-REG: DPO plus $\alpha \sigma(-h) \beta \hat r_t$ on both completions, $\hat r_t$ a reward of tokens.
+    r"""T-REG, token rewards beside DPO: $w_t = w_{dpo} + \alpha \sigma(-h) \beta \hat r_t$ on both completions.
 
-    Why: lets a signed token reward say which tokens of a completion its preference is about.
+    Why: lets a signed token reward $\hat r_t$ say which tokens of a completion its preference is about.
     Limits: alpha = 0, or token rewards of 0, is dpo.
     Negative rewards: a negative token reward pushes its token away, in the chosen completion too.
     Reference: arXiv 2412.02685. There $\hat r_t$ is a sigmoid less 1/2 of the log ratio between the model prompted
@@ -136,7 +136,7 @@ def kto(
     point $z_0$, with the effect fading on both sides of it.
     Limits: largest at $u = 0$, $\beta \lambda / 4$; even in u.
     Negative rewards: pushed away, ever less as they fall below the reference point. Bounded.
-    Reference: arXiv 2402.01306, eq. 8.
+    Reference: arXiv 2402.01306.
     Warning: the paper estimates $z_0$ on mismatched pairs of the batch; ours is the running mean log ratio of
     the run, so that rows do not see each other, and is never below 0, as in the paper.
     """

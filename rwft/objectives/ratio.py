@@ -60,7 +60,7 @@ def tis(logp: Tensor, behavior_logp: Tensor, *, clip: Positive = 2.0) -> Tensor:
     Limits: at $\pi = \mu$ it is 1, so [tis, reinforce] is reinforce; with one token per completion and a clip
     above every ratio that product is the exact gradient of the expected reward.
     Negative rewards: not read; in the product their weight vanishes as $\rho \to 0$.
-    Reference: the $\bar\rho$ of arXiv 1802.01561, eq. 1.
+    Reference: the $\bar\rho$ of V-trace, arXiv 1802.01561.
     """
     return bounded_exp(logp - behavior_logp, clip)
 
@@ -112,9 +112,8 @@ def pear(
     Negative rewards: not read.
     Reference: arXiv 2602.01058; constants from a third party's code. $T - t$ counts trained tokens.
     """
-    trained = mask > 0
-    delta = (logp - behavior_logp).clamp(delta_low, delta_high).where(trained, 0.0)
-    step = (delta + math.log(discount)).where(trained, 0.0)
+    delta = (logp - behavior_logp).clamp(delta_low, delta_high)
+    step = (delta + math.log(discount)).where(mask > 0, 0.0)
     after = step.flip(1).cumsum(1).flip(1) - step
     return bounded_exp(after, high, low)
 

@@ -73,7 +73,7 @@ def rwr(reward: Tensor, *, temperature: Positive = 1.0, clip: Positive = 20.0) -
     Limits: temperature to infinity is SFT; to 0, after normalising, the best rows alone. Adding a constant
     to all rewards multiplies all weights: no change under normalize: weight, a larger step under the others.
     Negative rewards: turned down ($0 < w < 1$), never pushed away.
-    Reference: Peters and Schaal, ICML 2007, section 2; the clip is AWR's.
+    Reference: Peters and Schaal, ICML 2007; the clip is AWR's.
     Warning: across prompts the raw exponential weighs easy prompts more than hard ones; awr with a group
     baseline, or rwr_group, does not.
     """
@@ -102,7 +102,7 @@ def rwr_group(reward: Tensor, group: Tensor, *, temperature: Positive = 1.0) -> 
     Limits: temperature to infinity, equal rewards, or a prompt with one completion: SFT. To 0: the best of
     each prompt. A shift of a prompt's rewards changes nothing.
     Negative rewards: turned down, never pushed away.
-    Reference: the exponential policy of arXiv 1910.00177, eq. 5-6, with Z(x) kept.
+    Reference: the exponential policy of arXiv 1910.00177, with Z(x) kept.
     """
     same = group[:, None] == group[None, :]
     scores = (reward / temperature).transpose(0, 1).where(same, -torch.inf)
@@ -118,7 +118,7 @@ def awr(advantage: Tensor, *, temperature: Positive = 1.0, clip: Positive = 20.0
     setting of the data (`data.credit`); without one the advantage is the reward and this is rwr.
     Limits: temperature to infinity is SFT; $w / c$ at temperature to 0 is crr_binary where $A \ne 0$.
     Negative rewards: below the baseline $w < 1$: turned down, never pushed away.
-    Reference: arXiv 1910.00177, eq. 9 and algorithm 1.
+    Reference: arXiv 1910.00177; clip 20 as there.
     Warning: the paper's formula has the raw advantage; its code standardises over the buffer at temperature
     1 (here `credit: {baseline: mean, scale: std}`).
     """
@@ -133,7 +133,7 @@ def crr_binary(advantage: Tensor) -> Tensor:
     Limits: the limit of awr divided by its clip as the temperature goes to 0; with the reward less c as the
     advantage, filtered_bc but for rows exactly at c.
     Negative rewards: rows at or below the baseline are dropped.
-    Reference: arXiv 2006.15134, eq. 3; $1[0] = 0$ as in the authors' code.
+    Reference: arXiv 2006.15134; $1[0] = 0$ as in the authors' code.
     """
     return (advantage > 0).to(advantage.dtype)
 
@@ -146,6 +146,6 @@ def crr_exp(advantage: Tensor, *, temperature: Positive = 1.0, clip: Positive = 
     $Q(x, y)$ less its mean over samples of the policy; AWR: returns less a value function).
     Limits: awr's.
     Negative rewards: turned down, never pushed away.
-    Reference: arXiv 2006.15134, eq. 4; clip 20 as in the authors' code.
+    Reference: arXiv 2006.15134; clip 20 as in the authors' code.
     """
     return bounded_exp(advantage / temperature, clip)

@@ -77,6 +77,6 @@ def tail_sft(logp: Tensor, ref_logp: Tensor, mask: Tensor, *, max_gain: float = 
     Reference: arXiv 2608.25756.
     Warning: the paper drops the quarter of the batch that gained most; ours is a threshold, so that rows do not
     see each other. Its default is ours.
-    Failures: one independent try found no gain after later reinforcement learning (marin issue 9225).
+    Failures: one independent try, in marin, found no gain after later reinforcement learning.
     """
     return (mean_log_ratio(logp, ref_logp, mask) <= max_gain).to(logp.dtype)

@@ -61,7 +61,7 @@ def cispo(logp: Tensor, behavior_logp: Tensor, advantage: Tensor, *, cap: Positi
     Why: truncates the weight and keeps the gradient of every token, where PPO's clip drops it.
     Limits: at $\pi = \mu$ it is reinforce; it is [tis, reinforce] at the same cap.
     Negative rewards: vanish as $\rho \to 0$.
-    Reference: arXiv 2506.13585, eq. 4-5; the cap of 5 as in TRL and Liger.
+    Reference: arXiv 2506.13585; the cap of 5 as in TRL and Liger.
     Warning: verl bounds the ratio to [1 - eps_low, 1 + eps_high] under the same name: that is cispo_clip.
     """
     return advantage * bounded_exp(logp - behavior_logp, cap)
@@ -76,7 +76,7 @@ def cispo_clip(
     Why: cispo as verl has it, with a floor as well.
     Limits: at $\pi = \mu$ it is reinforce; with both epsilons 0 too, whatever the policy.
     Negative rewards: never below the weight $(1 - \epsilon_l) A$: not tapered, so they push without bound.
-    Reference: arXiv 2506.13585, eq. 4-5, as in verl.
+    Reference: arXiv 2506.13585, as in verl.
     Warning: TRL and Liger cap the ratio at an absolute 5 under the same name: that is cispo.
     """
     return advantage * bounded_exp(logp - behavior_logp, 1 + high, 1 - low)
@@ -98,7 +98,7 @@ def gspo(
     freak token cannot dominate.
     Limits: at $\pi = \mu$ it is reinforce; for one token it is ppo_clip.
     Negative rewards: as in ppo_clip, by sequence.
-    Reference: arXiv 2507.18071, eq. 5-7; with normalize: sequence.
+    Reference: arXiv 2507.18071; with normalize: sequence.
     """
     s = bounded_exp(mean_log_ratio(logp, behavior_logp, mask), math.exp(MAX_LOG_RATIO))
     return advantage * s * unclipped(s, advantage, low, high)
@@ -112,7 +112,7 @@ def gmpo(logp: Tensor, behavior_logp: Tensor, advantage: Tensor, mask: Tensor, *
     plus width to gain and minus width to lose.
     Limits: at $\pi = \mu$ it is reinforce; for one token it is ppo_clip with clips $e^{\pm width}$.
     Negative rewards: tokens below the clip rest.
-    Reference: arXiv 2507.20673, eq. 4; with normalize: sequence.
+    Reference: arXiv 2507.20673; with normalize: sequence.
     """
     log_rho = logp - behavior_logp
     gains = advantage > 0
@@ -131,7 +131,7 @@ def sapo(
     tokens being pushed down are let go sooner.
     Limits: at $\pi = \mu$ it is reinforce for any temperature; $w / (A \rho)$ is symmetric in $\rho - 1$.
     Negative rewards: vanish as $\rho \to 0$ and as $\rho \to \infty$.
-    Reference: arXiv 2511.20347, eq. 5-8.
+    Reference: arXiv 2511.20347.
     """
     rho = ratio(logp, behavior_logp)
     x = by_sign(advantage > 0, gain, loss, rho) * (rho - 1)
@@ -174,7 +174,7 @@ def topr(logp: Tensor, behavior_logp: Tensor, reward: Tensor, mask: Tensor) -> T
     Limits: all $r \ge 0$: raft. At $\pi = \mu$: the raw reward.
     Negative rewards: the way to use them: the weight falls with the sequence's own ratio, so logits move as
     -log t, not -t.
-    Reference: arXiv 2503.14286, eq. 8, with its canonical limits (a+ = b+ = b- = 1, a- = 0); rewards +1 and -1.
+    Reference: arXiv 2503.14286, with its canonical limits (a+ = b+ = b- = 1, a- = 0); rewards +1 and -1.
     Warning: verl's recipe has the length-normalised ratio and the sign of the advantage: topr_geometric.
     Results: best with 10-20 % of effective positives; worse above 50 %.
     """

@@ -49,7 +49,7 @@ def a_star_po(
     Limits: $\beta_1 \to \infty$: the group's mean; $\beta_1 \to 0$: its best reward. A lone row at $\pi = \pi_{ref}$
     weighs 0.
     Negative rewards: as in dro.
-    Reference: arXiv 2505.20686, eq. 4 and algorithm 1.
+    Reference: arXiv 2505.20686.
     Warning: exact only if the group's completions were sampled from the reference. The temperatures are ours.
     """
     same = group[:, None] == group[None, :]
@@ -69,7 +69,7 @@ def oreo(
     ratio of a token to the reference. A token's weight gathers the residuals of all suffixes it is in.
     Limits: for one token it is twice dro at temperature beta; beta = 0 trains nothing.
     Negative rewards: pushed until the log ratio accounts for them, then held.
-    Reference: arXiv 2412.16145, eq. 6-8; its mean over positions is normalize: sequence.
+    Reference: arXiv 2412.16145; its mean over positions is normalize: sequence.
     Warning: the paper trains the value beside the policy; here it comes with the data.
     """
     trained = mask > 0

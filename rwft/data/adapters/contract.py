@@ -8,13 +8,14 @@ Checks of the mapping, detection of the format and the printed description all f
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from rwft.data.example import Example
-from rwft.registry import Entry, Registry
+from rwft.registry import Entry, Function, Registry
 
 adapter = Registry(
     "adapter",
@@ -77,13 +78,18 @@ class ColumnSetting:
 
 def columns_of(entry: Entry) -> dict[str, ColumnSetting]:
     """The settings of an adapter that name columns, from its annotations."""
-    hints = typing.get_type_hints(entry.function, include_extras=True)
-    found = {name: _holds(hints[name]) for name in entry.settings}
+    found = _held(entry.function)
     return {
         name: ColumnSetting(name, None if setting.required else setting.default, holds, setting.optional)
         for name, setting in entry.settings.items()
-        if (holds := found[name]) is not None
+        if (holds := found.get(name)) is not None
     }
+
+
+@functools.lru_cache
+def _held(function: Function) -> dict[str, Holds]:
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {name: holds for name, hint in hints.items() if (holds := _holds(hint)) is not None}
 
 
 def _holds(hint: Any) -> Holds | None:

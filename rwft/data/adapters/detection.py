@@ -95,11 +95,7 @@ def choose(entry: Entry, given: Mapping[str, Any], rows: Sequence[Row]) -> Choic
     """
     columns = column_kinds(rows)
     settings = dict(given)
-    wanted = columns_of(entry)
-    for setting in wanted.values():
-        name = settings.get(setting.name, setting.default)
-        if isinstance(name, str) and not _reachable(name, rows):
-            raise _missing(entry, setting, name, settings, columns)
+    _check_reachable(entry, settings, rows, columns)
     _check_required(entry, settings, columns)
     settings |= _fill(entry, columns, settings)
     return _choice(entry, settings, columns)
@@ -174,18 +170,27 @@ def _reachable(name: str, rows: Sequence[Row]) -> bool:
     return False
 
 
-def _missing(
-    entry: Entry, setting: ColumnSetting, name: str, settings: Mapping[str, Any], columns: Columns
-) -> DataError:
-    others = {settings.get(n, s.default) for n, s in columns_of(entry).items()}
-    free = {key: found for key, found in columns.items() if key not in others}
-    guess = _synonym(setting, free) or next(iter(difflib.get_close_matches(name, free, n=1)), None)
-    advice = did_you_mean(name, columns) if guess is None else f"did you mean '{guess}'?"
-    line = yaml_line(entry.name, {**settings, setting.name: guess or "<column>"})
-    return DataError(
-        f"adapter '{entry.name}': {setting.name}: found no column '{name}' among {_list(columns)}, "
-        f"expected {' or '.join(setting.holds.kinds) or 'it'} there; {advice} write `{line}`"
+def _check_reachable(entry: Entry, settings: Mapping[str, Any], rows: Sequence[Row], columns: Columns) -> None:
+    """Every mapped column must be in some row; the error offers the nearest columns for all that are not."""
+    wanted = columns_of(entry)
+    named = {name: settings.get(name, setting.default) for name, setting in wanted.items()}
+    missing = [name for name, key in named.items() if isinstance(key, str) and not _reachable(key, rows)]
+    if not missing:
+        return
+    free = {key: found for key, found in columns.items() if key not in named.values()}
+    guesses = {name: _guess(wanted[name], str(named[name]), free) for name in missing}
+    first, guess = missing[0], guesses[missing[0]]
+    line = yaml_line(entry.name, {**settings, **{name: found or "<column>" for name, found in guesses.items()}})
+    advice = did_you_mean(str(named[first]), columns) if guess is None else f"did you mean '{guess}'?"
+    raise DataError(
+        f"adapter '{entry.name}': {first}: found no column '{named[first]}' among {_list(columns)}, "
+        f"expected {' or '.join(wanted[first].holds.kinds) or 'it'} there; "
+        f"{advice} write `{line}`"
     )
+
+
+def _guess(setting: ColumnSetting, name: str, columns: Columns) -> str | None:
+    return _synonym(setting, columns) or next(iter(difflib.get_close_matches(name, columns, n=1)), None)
 
 
 def _check_required(entry: Entry, settings: Mapping[str, Any], columns: Columns) -> None:

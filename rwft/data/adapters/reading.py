@@ -79,6 +79,10 @@ class Examples:
         if not ledger.examples:
             raise DataError(f"{self.path}: found no examples ({ledger}), expected at least one")
 
+    @property
+    def _where(self) -> str:
+        return f"adapter '{self.entry.name}' ({place(self.entry.function)})"
+
     def _examples(self, row: Row, source: Source, ledger: Ledger) -> list[Example]:
         """The examples of one row, none if anything in it is wrong; what was dropped or coerced is counted."""
         try:
@@ -93,18 +97,18 @@ class Examples:
 
     def _adapt(self, row: Row, source: Source) -> list[Yield]:
         inputs = {"row": row, "source": source}
-        where = f"adapter '{self.entry.name}' ({place(self.entry.function)})"
         try:
             return list(self.entry.function(*[inputs[name] for name in self.entry.reads], **self.settings))
         except DataError:
             raise
         except Exception as error:  # a user's own adapter may raise anything
-            raise ObjectiveError(f"{source}: {where}: {type(error).__name__}: {error}") from error
+            raise ObjectiveError(f"{source}: {self._where}: {type(error).__name__}: {error}") from error
 
     def _checked(self, example: Any, ledger: Ledger) -> Example:
         if not isinstance(example, Example):
-            where = f"adapter '{self.entry.name}' ({place(self.entry.function)})"
-            raise ObjectiveError(f"{where}: yielded {type(example).__name__}, expected Example, Dropped or Coerced")
+            raise ObjectiveError(
+                f"{self._where}: yielded {type(example).__name__}, expected Example, Dropped or Coerced"
+            )
         if example.reward is not None:
             number(example.reward, "reward")
         if isinstance(example.prompt, str) != isinstance(example.completion, str):

@@ -74,8 +74,8 @@ def scored(
     if text_numbers and isinstance(value, str):
         yield Coerced(READ_AS_NUMBER)
         value = number_or_text(value, reward)
-    example = _example(row, source, (prompt, column(row, prompt)), (completion, column(row, completion)), group, answer)
-    example = dataclasses.replace(example, reward=number(value, reward, AS_TEXT))
+    sides = (prompt, column(row, prompt)), (completion, column(row, completion))
+    example = _example(row, source, *sides, group, answer, number(value, reward, AS_TEXT))
     logged = [(name, optional(row, name)) for name in (logprobs, token_ids, finish_reason)]
     yield from _logged(example, *logged)
 
@@ -96,8 +96,8 @@ def binary(
     """A completion with thumbs up (`good`) or down (`bad`)."""
     hint = f"; if it is a score: `adapter: {{name: scored, reward: {label}}}`"
     liked = boolean(column(row, label), label, hint)
-    example = _example(row, source, (prompt, column(row, prompt)), (completion, column(row, completion)), group, answer)
-    yield dataclasses.replace(example, reward=good if liked else bad)
+    sides = (prompt, column(row, prompt)), (completion, column(row, completion))
+    yield _example(row, source, *sides, group, answer, good if liked else bad)
 
 
 @adapter
@@ -125,8 +125,8 @@ def rollouts(
         if text_numbers and isinstance(value, str):
             yield Coerced(READ_AS_NUMBER)
             value = number_or_text(value, field)
-        example = _example(row, source, question, (f"{completions}[{i}]", reply), group, answer)
-        example = dataclasses.replace(example, reward=number(value, field, AS_TEXT))
+        rated = number(value, field, AS_TEXT)
+        example = _example(row, source, question, (f"{completions}[{i}]", reply), group, answer, rated)
         yield from _logged(example, *[(f"{name}[{i}]", item[i]) for name, item in extras])
 
 
@@ -145,13 +145,13 @@ def ratings(
     values = parallel(column(row, ratings), ratings, len(replies), generations)
     question = (instruction, column(row, instruction))
     for i, (reply, value) in enumerate(zip(replies, values, strict=True)):
-        example = _example(row, source, question, (f"{generations}[{i}]", reply), group, None)
         if unrated(value):
             yield Dropped(UNRATED)
             continue
         if isinstance(value, str):
             yield Coerced(READ_AS_NUMBER)
-        yield dataclasses.replace(example, reward=number_or_text(value, f"{ratings}[{i}]"))
+        rating = number_or_text(value, f"{ratings}[{i}]")
+        yield _example(row, source, question, (f"{generations}[{i}]", reply), group, None, rating)
 
 
 @adapter
@@ -170,7 +170,6 @@ def ultrafeedback(
         field = f"{completions}[{i}]"
         if not isinstance(item, Mapping) or "response" not in item or not isinstance(item.get("annotations"), Mapping):
             raise wrong(item, field, "a mapping with `response` and `annotations`")
-        example = _example(row, source, question, (f"{field}.response", item["response"]), group, None)
         values = _aspects(item["annotations"], f"{field}.annotations", aspect)
         if not values or any(unrated(value) for value in values.values()):
             yield Dropped(UNRATED)
@@ -178,7 +177,8 @@ def ultrafeedback(
         for value in values.values():
             if isinstance(value, str):
                 yield Coerced(READ_AS_NUMBER)
-        yield dataclasses.replace(example, reward=sum(number_or_text(v, k) for k, v in values.items()) / len(values))
+        mean = sum(number_or_text(v, k) for k, v in values.items()) / len(values)
+        yield _example(row, source, question, (f"{field}.response", item["response"]), group, None, mean)
 
 
 @adapter
@@ -196,9 +196,9 @@ def attributes(
     `weights` is text such as "helpfulness=1,verbosity=-0.2": more is not better in every attribute, so there is
     no default.
     """
-    example = _example(row, source, (prompt, column(row, prompt)), (response, column(row, response)), group, None)
     total = sum(weight * number(column(row, name), name) for name, weight in parse_weights(weights).items())
-    yield dataclasses.replace(example, reward=number(total, "reward"))
+    sides = (prompt, column(row, prompt)), (response, column(row, response))
+    yield _example(row, source, *sides, group, None, number(total, "reward"))
 
 
 @functools.lru_cache
@@ -242,13 +242,14 @@ def _example(
     completion: tuple[str, Any],
     group: str | None,
     expected: str | None,
+    reward: float,
 ) -> Example:
-    """An example without its reward, from (field, value) of prompt and completion."""
+    """An example from (field, value) of prompt and completion; `expected` is the column of the verifier's answer."""
     question, reply = joined(content(prompt[1], prompt[0]), answer(completion[1], completion[0]))
     name = group_of(question) if group is None else key(column(row, group), group)
     solution = optional(row, expected)
     known = None if solution is None else key(solution, str(expected))
-    return Example(question, reply, source, group=name, answer=known)
+    return Example(question, reply, source, reward=reward, group=name, answer=known)
 
 
 def _beside(row: Row, name: str | None, length: int, other: str) -> tuple[str, list[Any]]:

@@ -1,0 +1,201 @@
+"""One optimiser step: count, then forward; one equation for every objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from rwft.config import TrainConfig
+from rwft.data.batching import Batch
+from rwft.errors import NonFiniteError
+from rwft.estimator import Counts, weight_denominator, weight_statistics
+from rwft.head import HeadResult
+from rwft.metrics import Meter
+from rwft.setup import Training
+from rwft.weighting import Objective
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Rate of optimiser step `step` (from 0): linear warm-up, then the schedule down to 0 (or constant)."""
+    warm = math.ceil(config.warmup * steps)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    done = (step - warm) / max(steps - warm, 1)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (1 - done) if config.schedule == "linear" else config.lr
+
+
+def seed_micro_batch(seed: int, step: int, micro: int, rank: int) -> None:
+    """Dropout of a micro-batch is a function of where it stands, so a resumed run repeats it."""
+    digest = blake2b(f"{seed}:{step}:{micro}:{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+
+
+@dataclass(frozen=True)
+class Weigher:
+    """Weights of a micro-batch over the denominator, for positions as the head asks for them."""
+
+    objective: Objective
+    batch: Batch
+    denominator: Tensor  # () or (b 1)
+    scalars: Mapping[str, float]  # signals () that the loop provides
+
+    @property
+    def segments(self) -> list[int] | None:
+        """What the head must see together: single positions, whole sequences, or the whole micro-batch."""
+        if self.objective.token_local:
+            return None
+        lengths = self.batch.sequence_lengths
+        return [sum(lengths)] if "group" in self.objective.reads else lengths
+
+    def flat_denominator(self) -> Tensor:
+        """`(n)`: the denominator at each trained position."""
+        return self.denominator.expand_as(self.batch.mask)[self.batch.mask > 0]
+
+    def __call__(self, head: dict[str, Tensor], where: slice) -> Tensor:
+        """`{name: (k)}` for positions `where` of the flat trained positions -> coefficients `(k)`."""
+        weights = self._local(head, where) if self.objective.token_local else self._by_sequence(head, where)
+        return weights.to(head["logp"].dtype) / self.flat_denominator()[where]
+
+    def _local(self, head: dict[str, Tensor], where: slice) -> Tensor:
+        """Every position is a sequence of one: nothing else can be seen."""
+        mask = self.batch.mask > 0
+        signals = {k: rearrange(v, "k -> k 1") for k, v in head.items()}
+        for name, value in self.batch.signals.items():
+            signals[name] = rearrange(value.expand_as(mask)[mask][where], "k -> k 1") if value.ndim else value
+        signals |= self._scalars(head["logp"])
+        weights = self.objective(signals)
+        return weights.expand(len(head["logp"]), 1).squeeze(1)
+
+    def _scalars(self, like: Tensor) -> dict[str, Tensor]:
+        return {name: like.new_tensor(value) for name, value in self.scalars.items()}
+
+    def _by_sequence(self, head: dict[str, Tensor], where: slice) -> Tensor:
+        ends = torch.as_tensor(self.batch.sequence_lengths).cumsum(0)
+        first = int(torch.searchsorted(ends, where.start, right=True))
+        last = int(torch.searchsorted(ends, where.stop, right=False)) + 1
+        mask = self.batch.mask[first:last] > 0
+        signals = {name: value[first:last] if value.ndim else value for name, value in self.batch.signals.items()}
+        for name, value in head.items():
+            signals[name] = value.new_zeros(mask.shape).masked_scatter(mask, value)
+        signals |= self._scalars(head["logp"])
+        return self.objective(signals).expand_as(mask)[mask]
+
+
+@dataclass(frozen=True)
+class MicroResult:
+    """What a micro-batch leaves for metrics and for a post-mortem."""
+
+    batch: Batch
+    head: HeadResult
+    weights: Tensor  # (n)
+
+
+def micro_batch(training: Training, batch: Batch, counts: Counts, step: int, scale: float) -> MicroResult:
+    """Forward and backward of one micro-batch; `scale` undoes the mean over ranks."""
+    config = training.config
+    denominator = counts.denominator(config.train.normalize, batch.mask)
+    weigh = Weigher(training.objective, batch, denominator, training.scalars(step))
+    penalty_scale = 1.0 / weigh.flat_denominator() if training.penalties else None
+    result = training.model(
+        batch.ids,
+        batch.mask,
+        weigh,
+        segments=weigh.segments,
+        signals=training.head_signals,
+        penalties=training.penalties,
+        penalty_scale=penalty_scale,
+        reference=training.reference,
+        two_pass=config.train.head == "two_pass",
+    )
+    training.accelerator.backward(result.loss * scale)
+    return MicroResult(batch, result, result.coefficients * weigh.flat_denominator())
+
+
+def gradient(training: Training, step: int) -> tuple[list[MicroResult], float]:
+    """The gradient of one step, over all micro-batches and ranks, left in the parameters; and what it is still to be divided by."""
+    accelerator = training.accelerator
+    counts, batches = training.counts(step), training.micro_batches(step)
+    results: list[MicroResult] = []
+    for index, batch in enumerate(batches):
+        seed_micro_batch(training.config.train.seed, step, index, accelerator.process_index)
+        with training.synchronise(index == len(batches) - 1):
+            results.append(micro_batch(training, batch.to(accelerator.device), counts, step, accelerator.num_processes))
+    return results, step_denominator(training, results)
+
+
+def optimiser_step(training: Training, step: int, meter: Meter) -> None:
+    """One step of the equation.
+
+    Raises NonFiniteError, with the parameters untouched, if the loss or a gradient is not finite.
+    """
+    results, z = gradient(training, step)
+    norm = training.clip(z)
+    loss = sum(float(r.head.loss.detach()) for r in results) / z
+    if training.any_rank(not (math.isfinite(norm) and math.isfinite(loss))):
+        raise NonFiniteError(post_mortem(training, step, norm, results))
+    rate = learning_rate(step, training.steps, training.config.train)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    meter.rate, meter.norm = rate, norm
+    record(training, meter, results, z)
+    training.track_kl([(r.batch, r.head.logp) for r in results], step)
+
+
+def step_denominator(training: Training, results: list[MicroResult]) -> float:
+    """1, or under `weight` the summed weights of the step, by which the finished gradient is divided."""
+    if training.config.train.normalize != "weight":
+        return 1.0
+    device = training.accelerator.device
+    sums = sum((r.weights.double().sum() for r in results), torch.zeros((), dtype=torch.float64, device=device))
+    lows = torch.stack([r.weights.double().min() if r.weights.numel() else sums.new_zeros(()) for r in results])
+    total = float(training.accelerator.reduce(sums, "sum"))
+    smallest = float(training.accelerator.gather(lows.min().reshape(1)).min())
+    return weight_denominator(total, smallest)
+
+
+def record(training: Training, meter: Meter, results: list[MicroResult], z: float) -> None:
+    """Add a step to the meter, without waiting for the device."""
+    meter.steps += 1
+    for result in results:
+        logp, signals = result.head.logp, result.batch.signals
+        ones = torch.ones_like(logp)
+        sums = dict(weight_statistics(result.weights[None], ones[None], logp[None]))
+        sums |= {"loss": result.head.loss / z, "nll": -logp.double().sum(), "tokens": ones.double().sum()}
+        sums["sequences"] = (result.batch.mask.sum(dim=1) > 0).double().sum()
+        if "reward" in signals and len(logp):
+            sums |= {"reward": signals["reward"].double().sum(), "rewarded": sums["sequences"]}
+        if "entropy" in result.head.signals:
+            sums["entropy"] = result.head.signals["entropy"].double().sum()
+        if "ref_logp" in signals:
+            sums["ref_gap"] = (logp - signals["ref_logp"][result.batch.mask > 0]).double().sum()
+        meter.add(sums, result.weights)
+        meter.add_penalties({name: mean * len(logp) for name, mean in result.head.penalties.items()})
+
+
+def post_mortem(training: Training, step: int, norm: float, results: list[MicroResult]) -> str:
+    """One line on a step that was not finite, with the row to look at first."""
+    for result in results:
+        parts = zip(
+            result.batch.rows,
+            *(x.split(result.batch.sequence_lengths) for x in (result.weights, result.head.logp)),
+            strict=True,
+        )
+        for row, weights, logp in parts:
+            source = training.data.train.source(int(row))
+            if not bool(weights.isfinite().all()):
+                return f"step {step}: objective '{training.objective}' gave a weight that is not finite for row {source}; nothing was updated"
+            if not bool(logp.isfinite().all()):
+                return (
+                    f"step {step}: a log-probability of row {source} is not finite (model or data); nothing was updated"
+                )
+    return f"step {step}: the gradient is not finite (norm {norm}); nothing was updated; a lower train.lr may help"

@@ -1,0 +1,161 @@
+"""What is said of the objectives: on the command line, on the generated page, and in its figures."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rwft
+from rwft.catalogue import describe, draw, families, headline, overview, parts
+from rwft.catalogue_page import page
+from rwft.curves import curves
+from rwft.errors import ObjectiveError
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+NAMES = list(rwft.objective)
+
+
+def test_the_page_is_what_the_docstrings_say() -> None:
+    """On drift: python -m rwft.catalogue_page docs."""
+    assert (DOCS / "objectives.md").read_text(encoding="utf-8") == page()
+
+
+def test_the_page_does_not_depend_on_where_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = page()
+    monkeypatch.chdir(tmp_path)
+    assert page() == here
+
+
+def test_every_family_has_its_figure() -> None:
+    linked = set(re.findall(r"\(figures/(\w+\.png)\)", page()))
+    assert linked == {file.name for file in (DOCS / "figures").glob("*.png")}
+    assert len(linked) == len([family for family, _ in families() if family])
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    for target in set(re.findall(r"\]\(([^)]+)\)", page())):
+        assert (DOCS / target).exists(), target
+
+
+def test_math_of_the_page_is_closed_and_in_its_lines() -> None:
+    for line in page().splitlines():
+        assert line.count("$`") == line.count("`$"), line
+        assert "$" not in line.replace("$`", "").replace("`$", ""), line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_is_told_in_full(name: str) -> None:
+    entry = rwft.objective.entry(name)
+    text = describe(name)
+    assert text.startswith(f"{name}\n")
+    for signal in entry.reads:
+        assert f"Reads {signal} (" in text
+    for setting in entry.settings.values():
+        assert f"Setting {setting.name}: {setting.describe()}; default " in text
+    for part in ("Why", "Limits", "Negative rewards", "Reference"):
+        assert f"\n{part}: " in text
+    assert headline(entry)[1].count("$") % 2 == 0
+    assert f"### `{name}`\n" in page()
+
+
+def test_no_sentence_of_a_docstring_is_lost() -> None:
+    """The named parts, put together again, hold every word below the first line."""
+    for name in NAMES:
+        entry = rwft.objective.entry(name)
+        body = " ".join((rwft.objective[name].__doc__ or "").partition("\n")[2].split())
+        assert body == " ".join(f"{part}: {text}" for part, text in parts(entry).items()), name
+
+
+def test_describe_dft() -> None:
+    text = describe("dft")
+    assert "Dynamic fine-tuning: $w_t = p_t$\n" in text
+    assert "Reads logp (b t), from the head: log-probability of the target token" in text
+    assert "\nNo settings.\n" in text
+    assert "A weight depends on its own position alone.\n" in text
+    assert "imitation.py:" in text
+
+
+def test_describe_says_what_a_weight_depends_on() -> None:
+    assert "whole of its own sequence" in describe("iw_sft")
+    assert "all rows of its group" in describe("dpo")
+    assert "Setting dual: a number >= 1 or null; default null." in describe("ppo_clip")
+    assert "default even" in describe("nft")
+
+
+def test_describe_of_a_misspelt_name() -> None:
+    with pytest.raises(ObjectiveError, match="objective 'dff' is unknown; did you mean 'dft'"):
+        describe("dff")
+
+
+def test_the_overview_lists_every_objective_once() -> None:
+    listed = [line.split()[0] for line in overview().splitlines() if line.startswith("  ")]
+    assert sorted(listed) == sorted(NAMES)
+
+
+def test_every_objective_belongs_to_one_family() -> None:
+    assert sorted(e.name for family, entries in families() if family for e in entries) == sorted(NAMES)
+
+
+# --- curves
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_curves_are_finite_and_named(name: str) -> None:
+    found = curves(rwft.build_objective(name))
+    assert len(found) in ({0} if name == "token_cleaning" else {1, 2})
+    for curve in found:
+        assert curve.name == name
+        assert curve.x.shape == curve.w.shape
+        assert curve.w.isfinite().all()
+
+
+def at(name: str, x: float, side: str = "") -> float:
+    """The weight that the curve shows nearest to `x`."""
+    (curve,) = [curve for curve in curves(rwft.build_objective(name)) if curve.side == side]
+    return float(curve.w[(curve.x - x).abs().argmin()])
+
+
+def test_curves_show_the_formula() -> None:
+    assert at("dft", 0.5) == pytest.approx(0.5, abs=3e-3)
+    assert at("chord_phi", 0.5) == pytest.approx(0.25, abs=1e-4)
+    assert at("rwr", 1.0) == pytest.approx(math.e, rel=1e-5)
+    assert at("tis", 2.5) == pytest.approx(2.0)
+    assert at("ppo_clip", 1.5, "r = 1") == 0
+    assert at("ppo_clip", 1.5, "r = -1") == pytest.approx(-1.5, abs=0.01)
+    assert at("dpo", 0.0, "chosen") == pytest.approx(0.05)
+    assert at("dpo", 0.0, "rejected") == pytest.approx(-0.05)
+    assert at("filtered_bc", 0.4) == 0
+    assert at("filtered_bc", 0.6) == 1
+
+
+@pytest.mark.parametrize("name", ["dft", "ppo_clip", "dpo", "token_cleaning"])
+def test_draw_writes_a_png(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    draw(name, folder / "weights.png")
+    assert [file.name for file in folder.iterdir()] == ["weights.png"]
+    assert (folder / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_own_objective_is_described_and_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        '''"""Mine."""
+from torch import Tensor
+
+
+def cubed(logp: Tensor) -> Tensor:
+    """Cube of the probability: $w = p^3$."""
+    return (3 * logp).exp()
+'''
+    )
+    text = describe(f"{file}:cubed")
+    assert "Cube of the probability: $w = p^3$" in text
+    assert "sha256:" in text
+    draw(f"{file}:cubed", tmp_path / "cubed.png")
+    (curve,) = curves(rwft.build_objective(f"{file}:cubed"))
+    torch.testing.assert_close(curve.w, curve.x**3, rtol=1e-5, atol=1e-6)

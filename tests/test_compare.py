@@ -1,0 +1,398 @@
+"""Comparisons: what is run, what the runs share, what is concluded; against tables of t and numbers worked by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import string
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rwft.compare import (
+    PRIOR,
+    Comparison,
+    Outcome,
+    Summary,
+    compare,
+    compare_command,
+    interval,
+    long_form,
+    objective_jobs,
+    objectives,
+    prior_job,
+    read_curve,
+    slug,
+    summarise,
+    summary,
+    t_quantile,
+    table,
+    to_csv,
+)
+from rwft.config import CompareConfig, TrainConfig, load_config, resolve
+from rwft.errors import ConfigError, DataError, UserError
+from rwft.plots import COLOURS, look, mean_curve, plot_comparison
+
+FIGURES = {"nll/mean": 0.3, "nll_good/mean": 0.1, "nll_bad/mean": 0.5}
+
+
+def settings(tmp_path: Path, **changes: Any) -> Any:
+    content: dict[str, Any] = {
+        "model": {
+            "config": {
+                "model_type": "llama", "vocab_size": 100, "hidden_size": 16, "intermediate_size": 16,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32,
+            },
+            "tokenizer": "characters",
+        },
+        "data": {"task": {"name": "caesar", "rows": 20, "heldout": 6, "completions": 2, "length": 3}},
+        "train": {"steps": 3, "batch_size": 8, "lr": 1e-3, "log_every": 1, "eval_every": 2},
+        "evaluate": {"verifier": "caesar", "max_new_tokens": 5},
+        "cache": str(tmp_path / "cache"),
+        "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    return resolve({**content, **changes})
+
+
+def run(label: str, seed: int, success: float | None, **changes: Any) -> Outcome:
+    low, high = (None, None) if success is None else (success - 0.05, success + 0.05)
+    curve = ((10, FIGURES), (20, {**FIGURES, "nll/mean": 0.2 + seed}))
+    return replace(Outcome(label, seed, f"out/{label}/{seed}", success, low, high, FIGURES, curve), **changes)
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("objective=sft,[dft,filtered_bc]", "compare.objectives=[sft,[dft,filtered_bc]]"),
+        ("objectives=sft", "compare.objectives=[sft]"),
+        ("seeds=5", "compare.seeds=5"),
+        ("workers=2", "compare.workers=2"),
+        ("train.lr=1.0e-3", "train.lr=1.0e-3"),
+        ("seeds", "seeds"),
+    ],
+)
+def test_long_form(override: str, expected: str) -> None:
+    assert long_form(override) == expected
+
+
+def test_objectives_from_the_command_line(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import Tensor\n\ndef half(reward: Tensor) -> Tensor:\n    return reward / 2\n"
+    )
+    listed = [
+        "sft",
+        "[dft,filtered_bc]",
+        "{name: rwr, temperature: 0.5}",
+        "[iw_sft,{name: rwr}]",
+        f"{tmp_path}/mine.py:half",
+    ]
+    text = f"objective={','.join(listed)}"
+    config = load_config(root / "configs" / "demo.yaml", [long_form(text), long_form("seeds=2")])
+    assert list(objectives(config)) == ["sft", "dft * filtered_bc", "rwr(temperature=0.5)", "iw_sft * rwr", "half"]
+    assert config.compare.seeds == 2
+
+
+def test_without_a_list_the_one_objective_is_run(tmp_path: Path) -> None:
+    assert objectives(settings(tmp_path, objective="dft")) == {"dft": "dft"}
+
+
+@pytest.mark.parametrize("given", [["sft", "dft", "sft"], ["rwr", {"name": "rwr", "temperature": 1.0}]])
+def test_objectives_that_cannot_be_told_apart(tmp_path: Path, given: list[Any]) -> None:
+    with pytest.raises(ConfigError, match=r"compare.objectives: '(sft|rwr)' comes twice"):
+        objectives(settings(tmp_path, compare={"objectives": given}))
+
+
+@pytest.mark.parametrize(
+    ("label", "folder"),
+    [("sft", "sft"), ("dft * filtered_bc", "dft-x-filtered_bc"), ("rwr(temperature=0.5)", "rwr-temperature=0.5")],
+)
+def test_slug(label: str, folder: str) -> None:
+    assert slug(label) == folder
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"seeds": 0}, "compare.seeds: found 0, expected a whole number >= 1"),
+        ({"workers": 0}, "compare.workers: found 0"),
+        ({"objectives": "sft"}, "compare.objectives: found 'sft', expected a list"),
+        ({"prior": {"stps": 3}}, "'compare.prior.stps' is no setting; did you mean 'compare.prior.steps'"),
+        ({"prior": {"steps": 0}}, "steps: found 0"),
+    ],
+)
+def test_mistakes_in_the_section(tmp_path: Path, section: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        settings(tmp_path, compare=section)
+
+
+def test_runs_of_a_seed_share_everything_but_the_objective(tmp_path: Path) -> None:
+    config = settings(
+        tmp_path, compare={"objectives": ["sft", ["dft", "filtered_bc"]], "prior": {"steps": 7, "lr": 0.01}}
+    )
+    prior, jobs = prior_job(config, 4, False), objective_jobs(config, 4, False)
+    assert prior.config.train == TrainConfig(steps=7, lr=0.01, seed=4)
+    assert prior.config.objective == "sft"
+    assert prior.config.model == config.model
+    assert prior.config.output == str(tmp_path / "out" / "prior" / "seed-4")
+    assert [j.config.output for j in jobs] == [
+        str(tmp_path / "out" / n / "seed-4") for n in ("sft", "dft-x-filtered_bc")
+    ]
+    assert [j.config.objective for j in jobs] == ["sft", ["dft", "filtered_bc"]]
+    for job in jobs:
+        assert job.config.train == replace(config.train, seed=4)
+        assert job.config.model.path == str(tmp_path / "out" / "prior" / "seed-4" / "model")
+        assert job.config.model.config is None
+        assert job.config.compare == CompareConfig()
+        assert replace(job.config, objective="sft", output="") == replace(jobs[0].config, output="")
+
+
+def test_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="compare: started on several ranks"):
+        compare(settings(tmp_path))
+
+
+# -- what is concluded -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("freedom", "level", "t"),
+    [
+        (1, 0.95, 12.7062),
+        (2, 0.95, 4.30265),
+        (3, 0.95, 3.18245),
+        (10, 0.95, 2.22814),
+        (200, 0.95, 1.97190),
+        (2, 0.99, 9.92484),
+    ],
+)
+def test_t_quantile_against_the_printed_table(freedom: int, level: float, t: float) -> None:
+    assert t_quantile(freedom, level) == pytest.approx(t, rel=1e-4)
+
+
+def test_interval_by_hand() -> None:
+    """Mean 0.6, standard deviation 0.1, three seeds: 4.30265 * 0.1 / sqrt(3) = 0.24841."""
+    assert interval([0.5, 0.6, 0.7]) == pytest.approx((0.35159, 0.84841), abs=2e-5)
+    assert interval([0.9, 1.0, 1.0])[1] == 1.0
+    assert interval([0.0, 0.1])[0] == 0.0
+    assert interval([0.9, 1.1])[1] == pytest.approx(1.0 + 12.7062 * 0.1, rel=1e-3)
+
+
+def test_summary() -> None:
+    one = summary("sft", [run("sft", 0, 0.5)])
+    assert (one.success, one.low, one.high) == (0.5, 0.45, 0.55)
+    three = summary("sft", [run("sft", s, 0.5 + s / 10) for s in range(3)])
+    assert (three.seeds, three.success) == (3, pytest.approx(0.6))
+    assert (three.low, three.high) == pytest.approx((0.35159, 0.84841), abs=2e-5)
+    none = summary("sft", [run("sft", 0, None), run("sft", 1, None, held_out={"nll/mean": 0.5})])
+    assert (none.success, none.low, none.high, none.held_out) == (None, None, None, {"nll/mean": 0.4})
+
+
+def test_table_says_where_the_interval_lies() -> None:
+    rows = (
+        Summary("a", 3, 0.5, 0.4, 0.6, FIGURES),
+        Summary("b", 3, 0.7, 0.56, 0.8, FIGURES),
+        Summary("c", 3, 0.2, 0.1, 0.54, FIGURES),
+    )
+    head, body = table(Comparison(rows, (), 0.55, True))
+    assert head == ["objective", "success", "95% interval", "vs logs", "NLL good", "NLL bad"]
+    assert [row[:4] for row in body] == [
+        ["a", "0.500", "0.400-0.600", "covers"],
+        ["b", "0.700", "0.560-0.800", "above"],
+        ["c", "0.200", "0.100-0.540", "below"],
+    ]
+    assert body[0][4:] == [0.1, 0.5]
+    head, body = table(Comparison((Summary("a", 1, None, None, None, {"nll/mean": 0.3}),), (), None, False))
+    assert (head[4:], body) == (["NLL"], [["a", "", "", "", 0.3]])
+
+
+def test_csv_has_a_line_a_run() -> None:
+    text = to_csv([run("sft", 0, 0.5), run("dft * filtered_bc", 1, None, held_out={"nll/mean": 0.25})])
+    lines = list(csv.DictReader(text.splitlines()))
+    assert lines[0]["objective"] == "sft"
+    assert (float(lines[0]["success"]), float(lines[0]["low"]), float(lines[0]["nll_bad/mean"])) == (0.5, 0.45, 0.5)
+    assert (lines[1]["objective"], lines[1]["seed"], lines[1]["success"]) == ("dft * filtered_bc", "1", "")
+    assert (float(lines[1]["nll/mean"]), lines[1]["nll_good/mean"]) == (0.25, "")
+
+
+def test_curve_holds_the_evaluations_alone(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "loss/mean": 2.0},
+        {"step": 2, "eval/nll/mean": 0.5, "eval/nll_bad/mean": 1.0},
+        {"step": 3, "eval/nll/mean": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(read_curve(tmp_path / "metrics.jsonl")) == [
+        (2, {"nll/mean": 0.5, "nll_bad/mean": 1.0}),
+        (3, {"nll/mean": 0.4}),
+    ]
+
+
+def test_order_is_the_config_s_then_the_seed_s(tmp_path: Path) -> None:
+    runs = [run("dft", 1, 0.9), run("sft", 0, 0.5), run("dft", 0, 0.8), run(PRIOR, 0, 0.5)]
+    result = summarise(settings(tmp_path), runs, [PRIOR, "sft", "dft"])
+    assert [(o.label, o.seed) for o in result.outcomes] == [(PRIOR, 0), ("sft", 0), ("dft", 0), ("dft", 1)]
+    assert [s.label for s in result.summaries] == [PRIOR, "sft", "dft"]
+    (held_out,) = (tmp_path / "cache").rglob("heldout.jsonl")
+    answers = [json.loads(line)["answer"] for line in held_out.read_text().splitlines()]
+    chance = [math.prod(0.9 ** (2 * string.ascii_lowercase.index(c) / 25) for c in a) for a in answers]
+    assert (result.behavior, result.behavior_exact) == (pytest.approx(np.mean(chance)), True)
+
+
+# -- the figure --------------------------------------------------------------------------------------------------------
+
+
+def test_mean_curve_over_seeds() -> None:
+    runs = [run("sft", 0, 0.5), run("sft", 1, 0.5), run("sft", 2, 0.5, curve=((20, {"nll/mean": 3.0}), (30, FIGURES)))]
+    steps, mean = mean_curve(runs, "nll/mean")
+    assert steps == [20]
+    assert mean == pytest.approx([(0.2 + 1.2 + 3.0) / 3])
+
+
+def test_no_two_objectives_look_alike() -> None:
+    looks = [tuple(look(i).values()) for i in range(4 * len(COLOURS))]
+    assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize("success", [0.5, None])
+def test_figure_is_drawn(tmp_path: Path, success: float | None) -> None:
+    runs = tuple(run(label, seed, success) for label in (PRIOR, "sft", "dft") for seed in range(2))
+    result = Comparison(
+        tuple(summary(k, [o for o in runs if o.label == k]) for k in (PRIOR, "sft", "dft")), runs, 0.5, True
+    )
+    plot_comparison(result, tmp_path / "figure.png")
+    data = (tmp_path / "figure.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    assert width > 1.2 * height > 400
+    assert len(data) > 10_000
+    assert [p.name for p in tmp_path.glob("*.png")] == ["figure.png"]
+    assert not list(tmp_path.glob(".*.png"))
+
+
+# -- whole comparisons -------------------------------------------------------------------------------------------------
+
+
+def metrics(outcome: Outcome) -> list[dict[str, float]]:
+    lines = (Path(outcome.output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_small_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prior, then two objectives, two seeds; then the same command again, which trains nothing."""
+    section = {
+        "objectives": ["sft", ["dft", "filtered_bc"]],
+        "seeds": 2,
+        "prior": {"steps": 2, "batch_size": 8, "lr": 1e-2},
+    }
+    config = settings(tmp_path, compare=section)
+    result = compare(config)
+    assert [(o.label, o.seed) for o in result.outcomes] == [
+        (label, seed) for label in (PRIOR, "sft", "dft * filtered_bc") for seed in (0, 1)
+    ]
+    kept = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert kept == json.loads(json.dumps(result.to_json()))
+    assert (tmp_path / "out" / "compare.png").is_file()
+    assert len((tmp_path / "out" / "compare.csv").read_text().splitlines()) == 7
+    by_run = {(o.label, o.seed): o for o in result.outcomes}
+    for seed in (0, 1):  # the same start and rows: before the first update SFT and DFT see the same likelihood
+        sft = metrics(by_run["sft", seed])[0]
+        weights = json.loads((Path(by_run[PRIOR, seed].output) / "result.json").read_text())["held_out"]
+        assert by_run[PRIOR, seed].held_out["nll/mean"] == pytest.approx(weights["nll/mean"], rel=1e-5)
+        filtered = metrics(by_run["dft * filtered_bc", seed])[0]
+        assert sft["tokens/sum"] >= filtered["tokens/sum"] > 0
+        assert [step for step, _ in by_run["sft", seed].curve] == [2, 3]
+    assert metrics(by_run["sft", 0])[0]["nll/mean"] != metrics(by_run["sft", 1])[0]["nll/mean"]
+
+    import rwft.setup
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(rwft.setup, "load_policy", never)
+    import rwft.evaluate
+
+    monkeypatch.setattr(rwft.evaluate, "sample_reward", never)
+    assert compare(config) == result
+
+
+def test_the_same_start_and_order_for_every_objective(tmp_path: Path) -> None:
+    config = settings(
+        tmp_path,
+        compare={"objectives": ["sft", "dft"], "seeds": 1},
+        train={"steps": 2, "batch_size": 8, "log_every": 1},
+    )
+    sft, dft = compare(config).outcomes
+    assert metrics(sft)[0]["nll/mean"] == metrics(dft)[0]["nll/mean"]
+    assert metrics(sft)[0]["loss/mean"] != metrics(dft)[0]["loss/mean"]
+    assert [m.get("tokens/sum") for m in metrics(sft)] == [m.get("tokens/sum") for m in metrics(dft)]
+
+
+def test_a_failing_run_says_which_it_was(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}>", "completion": "b"}) + "\n" for i in range(40)))
+    data = {"path": str(rows), "eval_fraction": 0.2}
+    config = settings(tmp_path, data=data, evaluate={}, compare={"objectives": ["sft", "rwr"], "seeds": 1})
+    with pytest.raises(DataError, match=r"^rwr, seed 0: .*no reward"):
+        compare(config)
+
+
+def test_logged_rewards_stand_in_for_the_behaviour_policy(tmp_path: Path) -> None:
+    """Rows of one's own, no verifier: likelihood alone is compared, and the logs' rate is the mean held-out reward."""
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    for file, n in ((train, 16), (held_out, 8)):
+        file.write_text(
+            "".join(
+                json.dumps({"prompt": f"{i}>", "completion": "b", "reward": float(i % 4 == 0)}) + "\n" for i in range(n)
+            )
+        )
+    data = {"path": str(train), "eval_path": str(held_out), "adapter": "scored"}
+    config = settings(tmp_path, data=data, evaluate={}, compare={"seeds": 1})
+    result = compare(config)
+    assert (result.behavior, result.behavior_exact) == (0.25, False)
+    assert result.summaries[0].success is None
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    section = {"objectives": ["sft", "rwr"], "seeds": 2, "prior": {"steps": 2, "batch_size": 8, "lr": 1e-2}}
+    one = compare(settings(tmp_path, compare=section))
+    two = compare(settings(tmp_path, compare={**section, "workers": 2}, output=str(tmp_path / "two")))
+    assert [replace(o, output="") for o in one.outcomes] == [replace(o, output="") for o in two.outcomes]
+    missing = settings(tmp_path, compare={**section, "workers": 2}, output=str(tmp_path / "three"))
+    with pytest.raises(UserError, match=r"^prior, seed \d: "):
+        compare(replace(missing, data=replace(missing.data, task=None, path=str(tmp_path / "nowhere.jsonl"))))
+
+
+def test_demo_is_what_it_says(root: Path) -> None:
+    config = load_config(root / "configs" / "demo.yaml")
+    labels = list(objectives(config))
+    assert set(labels) >= {"sft", "dft", "iw_sft", "filtered_bc", "dft * filtered_bc", "iw_sft * filtered_bc"}
+    assert any(label.startswith("rwr") for label in labels)
+    assert config.compare.seeds >= 3
+    assert config.compare.prior is not None
+
+
+@pytest.mark.slow
+def test_demo_lands_where_theory_says(root: Path, tmp_path: Path) -> None:
+    """SFT at the behaviour policy's own rate; RWR near mu exp(r / tau) / Z, prompt by prompt; the filter near 1."""
+    given = [f"output={tmp_path / 'demo'}", f"cache={tmp_path / 'cache'}", "seeds=1", "workers=1"]
+    objective = "objective=sft,{name: rwr, temperature: 0.5},filtered_bc"
+    result = compare_command(str(root / "configs" / "demo.yaml"), [*given, objective])
+    (held_out,) = (tmp_path / "cache").rglob("heldout.jsonl")
+    answers = [json.loads(line)["answer"] for line in held_out.read_text().splitlines()]
+    p = np.array([math.prod(0.9 ** (2 * string.ascii_lowercase.index(c) / 25) for c in answer) for answer in answers])
+    success = {s.label: s.success for s in result.summaries}
+    assert result.behavior == pytest.approx(p.mean())
+    assert success["sft"] == pytest.approx(p.mean(), abs=0.05)  # 4.5 standard errors of 256 x 8 samples
+    good = p * math.exp(2.0)
+    assert success["rwr(temperature=0.5)"] == pytest.approx((good / (good + 1 - p)).mean(), abs=0.07)
+    assert success["filtered_bc"] is not None
+    assert success["filtered_bc"] > 0.95
