@@ -53,7 +53,7 @@ are published ones, on the models and data named; none was measured with this li
 | bad answers, without logged log-probabilities | `[dft, reinforce]`, `asymre` | raw `reinforce` on negatives is unbounded: logits fall linearly, and collapse is the rule |
 | pairs | `dpo`; `rpo` if the chosen answers lose probability | a pair never leaves its micro-batch |
 | single answers, liked or not | `kto` | needs no pairs; its reference point is a running mean here |
-| a value for each prompt or position | `dro`, `oreo` | residuals correct themselves; as good as the value |
+| rewards of both signs, and a reference to stay near | `dro`, `a_star_po`, `oreo` | residuals correct themselves; as good as the baseline that stands for the value |
 | demonstrations of another policy with rewards, old data | `a_lol`, `luffy` | positives only; bounded in the ratio |
 """
 
@@ -68,7 +68,7 @@ The estimator holds every objective whose gradient is a number times the gradien
 | one-token rollout (OTR) | its expectation over the sampled tokens is (1 - b) times `dft`; what it adds is noise |
 | reward conditioning (Quark, Decision Transformer, SteerLM), rewriting, curricula | changes of the data; train them with `sft` |
 | sampling by quality (SFT(Q), good-priority of A-LoL) | the same expectation as a weight, with more variance; together with a weight it counts twice |
-| learning a value, critic or process reward model (ILQL, OREO's critic, PRIME) | another loss with another optimiser; its output can be data here (`value`, span rewards) |
+| learning a value, critic or process reward model (ILQL, OREO's critic, PRIME) | another loss with another optimiser; its output can be data here, as rewards or span rewards |
 | clip-cov, kl-cov, Cayley's variant of DEFT, pair-wise statistics of a mini-batch | the weight of a row would depend on its neighbours, and results on the batch size |
 | HPT, CHORD's mixture, SRFT's second term | mix in rollouts of the present policy; this library is offline |
 | BFT | its published form could not be verified |

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -141,19 +142,20 @@ def slug(label: str) -> str:
 
 
 def prior_job(config: Config, seed: int, fresh: bool) -> Job:
-    """The SFT stage of a seed."""
+    """The SFT stage of a seed; it exports a whole model, whatever the adapters."""
     assert config.compare.prior is not None
+    lora = config.model.lora
+    model = config.model if lora is None else replace(config.model, lora=replace(lora, merge=True))
     train = replace(config.compare.prior, seed=seed)
-    return _job(config, PRIOR, seed, fresh, objective="sft", regularize=[], train=train)
+    return _job(config, PRIOR, seed, fresh, objective="sft", regularize=[], model=model, train=train)
 
 
 def objective_jobs(config: Config, seed: int, fresh: bool) -> list[Job]:
     """A run of each objective with this seed."""
-    from rwft.evaluate import trained_model
-
     model = config.model
     if config.compare.prior is not None:
-        model = trained_model(config, Path(prior_job(config, seed, fresh).config.output) / "model")
+        folder = Path(prior_job(config, seed, fresh).config.output) / "model"
+        model = replace(model, path=str(folder), config=None, tokenizer=None, revision=None)
     train = replace(config.train, seed=seed)
     specs = objectives(config).items()
     return [_job(config, label, seed, fresh, objective=spec, model=model, train=train) for label, spec in specs]
@@ -169,7 +171,13 @@ def run_all(config: Config, fresh: bool, display: Any) -> list[Outcome]:
     seeds = [config.train.seed + i for i in range(config.compare.seeds)]
     total = len(seeds) * (len(objectives(config)) + (config.compare.prior is not None))
     if config.compare.workers > 1:
-        return _run_parallel(config, seeds, fresh, display.ticker("runs", total))
+        try:
+            return _run_parallel(config, seeds, fresh, display.ticker("runs", total))
+        except BrokenProcessPool:
+            raise RwftError(
+                "compare: a worker process died, perhaps for want of memory; the same command goes on with what is "
+                "finished (fewer compare.workers need less)"
+            ) from None
     outcomes: list[Outcome] = []
     for job in (job for seed in seeds for stage in _stages(config, seed, fresh) for job in stage):
         display.say(f"run {len(outcomes) + 1} of {total}: {job.label}, seed {job.seed}")
@@ -223,7 +231,7 @@ def execute(job: Job) -> Outcome:
     from rich.console import Console
 
     from rwft.checkpoint import write_atomic
-    from rwft.evaluate import evaluate, trained_model
+    from rwft.evaluate import evaluate, exported
     from rwft.loop import train
 
     quiet = Console(quiet=True)
@@ -231,7 +239,8 @@ def execute(job: Job) -> Outcome:
         folder = Path(train(job.config, fresh=job.fresh, console=quiet).output)
         kept = folder / "compare.json"
         if not kept.is_file():
-            result = evaluate(replace(job.config, model=trained_model(job.config, folder / "model")), quiet)
+            model, adapter = exported(job.config, folder / "model")
+            result = evaluate(replace(job.config, model=model), quiet, adapter)
             write_atomic(kept, json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
         return outcome(job, folder, json.loads(kept.read_text(encoding="utf-8")))
     except RwftError as error:

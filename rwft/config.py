@@ -129,6 +129,8 @@ class DataConfig:
     overlong: str = "drop"  # a row longer than max_length: drop (counted) | raise | truncate_prompt (keeps the answer)
     eos: str = "auto"  # auto: where the completion finished | never
     limit: int | None = None  # use the first N rows of each source
+    order: str = "rows"  # what is shuffled: rows | groups (all completions of a prompt come in one step)
+    share_prompts: str = "auto"  # one copy of a prompt for its completions in a micro-batch: auto (if cheaper) | on | off
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.task is None):
@@ -136,6 +138,8 @@ class DataConfig:
             raise ConfigError(f"data: found {found}, expected one of `path` and `task`")
         _choice("data.overlong", self.overlong, ["drop", "raise", "truncate_prompt"])
         _choice("data.eos", self.eos, ["auto", "never"])
+        _choice("data.order", self.order, ["rows", "groups"])
+        _choice("data.share_prompts", self.share_prompts, ["auto", "on", "off"])
         _require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a number in [0, 1)")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "a whole number >= 2")
         _require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "a whole number >= 1")

@@ -68,12 +68,13 @@ def _end(name: str) -> float:
 
 
 def _rest(n: int) -> dict[str, Tensor]:
-    """Signals of `n` lone one-token sequences, at rest: zero, one policy, a mean reward of a half."""
+    """Signals of `n` lone one-token sequences, at rest: zero, one policy, a half where zero says nothing."""
     zero = torch.zeros(n, 1)
     signals = {name: zero if s.axes.startswith("b") else torch.zeros(()) for name, s in SIGNALS.items()}
     one = {name: torch.ones(n, 1) for name in ("mask", "group_std", "token_weight")}
-    half = {"group_mean": zero + 0.5, "ref_nll_median": torch.tensor(0.7), "log_vocab": torch.tensor(3.0)}
-    return {**signals, **one, **half, "reward_max": torch.tensor(2.0), "group": torch.zeros(n, dtype=torch.long)}
+    half = {name: zero + 0.5 for name in ("group_mean", "concentration", "entropy", "topk_entropy")}
+    numbers = {"ref_nll_median": torch.tensor(0.7), "log_vocab": torch.tensor(3.0), "reward_max": torch.tensor(2.0)}
+    return {**signals, **one, **half, **numbers, "group": torch.zeros(n, dtype=torch.long)}
 
 
 def _weigh(objective: Objective, moved: dict[str, Tensor]) -> Tensor:

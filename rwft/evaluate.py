@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rwft.config import Config, EvaluateConfig, load_config
+from rwft.config import Config, EvaluateConfig, ModelConfig, load_config
 from rwft.data.rows import Rows
 from rwft.errors import ConfigError, DataError
 from rwft.policy import Policy
@@ -70,10 +70,11 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(config: Config, console: Any = None) -> Evaluation:
+def evaluate(config: Config, console: Any = None, adapter: Path | None = None) -> Evaluation:
     """The policy of `config.model` on the held-out rows of `config.data`, as `config.evaluate` says.
 
-    Raises ConfigError if nothing is held out, PolicyError if the model cannot be loaded.
+    `adapter` is a folder with LoRA weights that a run exported on top of that model. Raises
+    ConfigError if nothing is held out, PolicyError if the model cannot be loaded.
     """
     from rwft.data.prepare import prepare
     from rwft.policy import load_policy, load_tokenizer
@@ -89,15 +90,23 @@ def evaluate(config: Config, console: Any = None) -> Evaluation:
         if data.held_out is None:
             raise ConfigError("evaluate: no rows are held out; set data.eval_path, or data.eval_fraction above 0")
         policy = load_policy(config.model, config.train.seed, accelerator.device)
+        if adapter is not None:
+            policy = _with_adapter(policy, adapter, config.model.dtype)
         held_out = _likelihood(policy, tokenizer, data, accelerator)
         sampled, seed = None, config.train.seed
         if verifier is not None:
             tick = display.ticker("sampling")
             sampled = sample_reward(policy, tokenizer, data.held_out, config.evaluate, verifier, seed, tick)
-    name = config.model.path or "random weights"
+    name = adapter or config.model.path or "random weights"
     reward = data.held_out.reward
     behavior = None if np.isnan(reward).any() else float(reward.mean())
     return Evaluation(str(name), len(data.held_out), held_out, behavior, sampled)
+
+
+def _with_adapter(policy: Policy, folder: Path, dtype: str) -> Policy:
+    from peft import PeftModel
+
+    return Policy(PeftModel.from_pretrained(policy.model, str(folder)), dtype).to(policy.device)
 
 
 def _likelihood(policy: Policy, tokenizer: Any, data: Any, accelerator: Any) -> dict[str, float]:
@@ -212,7 +221,7 @@ def _generate(policy: Policy, ids: Tensor, attention: Tensor) -> Tensor:
     device = policy.device
     cast = torch.autocast(device.type, torch.bfloat16) if policy.autocast else nullcontext()
     with cast:
-        return policy.model.generate(input_ids=ids.to(device), attention_mask=attention.to(device))
+        return policy.causal.generate(input_ids=ids.to(device), attention_mask=attention.to(device))
 
 
 def stop_ids(policy: Policy, tokenizer: Any) -> frozenset[int]:
@@ -306,8 +315,8 @@ def evaluate_command(run: str, overrides: Sequence[str], console: Any = None) ->
     from rwft.checkpoint import write_atomic
     from rwft.progress import Display
 
-    config, folder = evaluation_config(run, overrides)
-    result = evaluate(config, console)
+    config, adapter, folder = evaluation_config(run, overrides)
+    result = evaluate(config, console, adapter)
     if folder is not None:
         write_atomic(folder / "evaluation.json", json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
     title = f"{result.model} on {result.rows} held-out rows"
@@ -315,11 +324,14 @@ def evaluate_command(run: str, overrides: Sequence[str], console: Any = None) ->
     return result
 
 
-def evaluation_config(run: str, overrides: Sequence[str] = ()) -> tuple[Config, Path | None]:
-    """The config to evaluate with, and the folder of the run if it is one. Raises ConfigError if it is neither."""
+def evaluation_config(run: str, overrides: Sequence[str] = ()) -> tuple[Config, Path | None, Path | None]:
+    """The config to evaluate with; of a run also its adapter, if it exported one, and its folder.
+
+    Raises ConfigError if `run` is neither a config nor a run that is finished.
+    """
     path = Path(run).expanduser()
     if path.is_file():
-        return load_config(path, overrides), None
+        return load_config(path, overrides), None, None
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"evaluate: '{run}' is neither a config file nor the folder of a run (it has no config.yaml)")
     if not (path / "model").is_dir():
@@ -327,12 +339,15 @@ def evaluation_config(run: str, overrides: Sequence[str] = ()) -> tuple[Config, 
             f"evaluate: {path} has no exported model, so the run is not finished; `rwft train` goes on with it"
         )
     config = load_config(path / "config.yaml", overrides)
-    return replace(config, model=trained_model(config, path / "model")), path
+    model, adapter = exported(config, path / "model")
+    return replace(config, model=model), adapter, path
 
 
-def trained_model(config: Config, folder: Path) -> Any:
-    """The model section of a config, pointed at what a run of it exported."""
-    return replace(config.model, path=str(folder), config=None, revision=None, tokenizer=None, lora=None)
+def exported(config: Config, folder: Path) -> tuple[ModelConfig, Path | None]:
+    """The model section for what a run of `config` exported, and the folder if that holds an adapter alone."""
+    if (folder / "adapter_config.json").is_file():
+        return replace(config.model, lora=None), folder
+    return replace(config.model, path=str(folder), config=None, revision=None, tokenizer=None, lora=None), None
 
 
 def _figures(result: Evaluation) -> list[tuple[str, Any]]:

@@ -342,7 +342,7 @@ class _GivenGradients(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.gradients is None:
             raise RwftError("head: backward ran twice through one loss; its gradients were handed over the first time")
         handed, ctx.gradients = ctx.gradients, None

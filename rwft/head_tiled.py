@@ -73,22 +73,22 @@ class _TokenLogprobs(torch.autograd.Function):
         kinds = precision(hidden, weight)
         vocabulary = Vocabulary(weight, bias, scale, softcap)
         with torch.autocast(hidden.device.type, enabled=False):
-            logp, lse = _Tiles.of(hidden, vocabulary, targets, kinds, budget).normalise()
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+            logp, top, log_sum = _Tiles.of(hidden, vocabulary, targets, kinds, budget).normalise()
+        ctx.save_for_backward(hidden, weight, bias, targets, top, log_sum)
         ctx.settings = scale, softcap, budget, kinds
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, bias, targets, top, log_sum = ctx.saved_tensors
         scale, softcap, budget, kinds = ctx.settings
         vocabulary = Vocabulary(weight, bias, scale, softcap)
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles.of(hidden, vocabulary, targets, kinds, budget)
             inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
             wanted = [like if need else None for like, need in inputs]
-            return *tiles.gradients(lse, upstream[0], wanted), None, None, None, None
+            return *tiles.gradients((top, log_sum), upstream[0], wanted), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,11 @@ class _Tiles:
         inside = (place >= 0) & (place < columns.stop - columns.start)
         return place.where(inside, 0), inside
 
-    def normalise(self) -> tuple[Tensor, Tensor]:
-        """`-> (n), (n)`: log-probability of each target and log-normaliser, over tiles of the vocabulary."""
+    def normalise(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`-> (n), (n 1), (n 1)`: `logp` of targets, the largest logit, the log of the sum of `exp(logit - largest)`.
+
+        The sum of the last two, the log-normaliser, would lose the small differences of large logits.
+        """
         top = self.x.new_full((self.x.shape[0], 1), float("-inf"), dtype=self.exact)
         total, chosen = torch.zeros_like(top), torch.zeros_like(top)
         for columns in self.across():
@@ -150,10 +153,12 @@ class _Tiles:
                     place, inside = self.local(here, columns)
                     chosen[here] += z.gather(1, place).where(inside, 0.0)
                     _merge_(top[here], total[here], *normalise_(z))
-        return (chosen - top - total.log())[:, 0], (top + total.log())[:, 0]
+        return (chosen - top - total.log())[:, 0], top, total.log()
 
-    def gradients(self, lse: Tensor, upstream: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """`(n), (n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, each like its input, or None."""
+    def gradients(
+        self, normaliser: tuple[Tensor, Tensor], upstream: Tensor, wanted: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """`((n 1), (n 1)), (n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, None if unwanted."""
         hidden, weight, bias = wanted
         factor = (upstream * -self.vocabulary.scale).to(self.exact)
         fx = (self.x * factor[:, None]).to(self.x.dtype)
@@ -162,7 +167,7 @@ class _Tiles:
         for columns in self.across():
             dw_tile, db_tile = (_begin(total, columns, self.exact) for total in (dw, db))
             for rows, products in self.down(columns):
-                self.unit_(products, rows, columns, lse)
+                self.unit_(products, rows, columns, *normaliser)
                 if dx is not None:
                     accumulate_(dx[rows], products.T, self.vocabulary.weight[columns])
                 if dw_tile is not None:
@@ -173,14 +178,14 @@ class _Tiles:
             _finish(db, db_tile, columns)
         return [None if dx is None or hidden is None else dx.mul_(factor[:, None]).to(hidden.dtype), dw, db]
 
-    def unit_(self, products: Tensor, rows: slice, columns: slice, lse: Tensor) -> None:
+    def unit_(self, products: Tensor, rows: slice, columns: slice, top: Tensor, log_sum: Tensor) -> None:
         """`(k v)`: in place, from products to minus the gradient of `logp` by them, the scale left out."""
         tile = self.vocabulary.tile(columns)
         for block in blocks(products):
             here = within(rows, block)
             z = products[block].to(self.exact)
             slope = finish_(z, tile)
-            z.sub_(lse[here, None]).exp_()
+            z.sub_(top[here]).sub_(log_sum[here]).exp_()
             place, inside = self.local(here, columns)
             z.scatter_add_(1, place, -inside.to(z.dtype))
             store_(products, block, z, slope)
@@ -202,5 +207,5 @@ def _finish(total: Tensor | None, part: Tensor | None, columns: slice) -> None:
 def _merge_(top: Tensor, total: Tensor, new_top: Tensor, log_peak: Tensor) -> None:
     """`(k 1)` each: in place, the running largest logit and sum of `exp(logit - largest)` over one more tile."""
     largest = torch.maximum(top, new_top)
-    total.mul_((top - largest).exp_()).add_((new_top - log_peak - largest).exp_())
+    total.mul_((top - largest).exp_()).add_((new_top - largest - log_peak).exp_())
     top.copy_(largest)

@@ -49,7 +49,7 @@ def inspect_file(config: Config, display: Display) -> None:
         groups[example.group] += 1
     display.say(examples.description, f"{examples.ledger.rows} rows, {len(lengths)} examples")
     display.say(*(f"dropped {n}: {reason}" for reason, n in sorted(examples.ledger.dropped.items())))
-    display.say(*(f"{n} x {note}" for note, n in sorted(examples.ledger.coerced.items())))
+    display.say(*(f"{n} x {note}" for note, n in sorted(examples.ledger.notes.items())))
     _distribution(display, "reward", np.asarray(rewards), len(lengths))
     _distribution(display, "characters in a completion", np.asarray(lengths, dtype=np.float64), len(lengths))
     _group_sizes(display, np.asarray([size for group, size in groups.items() if group is not None]))

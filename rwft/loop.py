@@ -144,6 +144,8 @@ def train(config: Config, *, fresh: bool = False, console: Any = None) -> RunRes
             return finished
         training = prepare_training(config, accelerator, folder, display)
         with start_run(config, folder, fresh):
+            if accelerator.is_main_process:
+                training.store.sweep()
             accelerator.wait_for_everyone()
             start = training.resume()
             if start:
@@ -173,15 +175,10 @@ def finish(training: Training, folder: RunFolder, done: int, stopped: int | None
         )
     held_out = journal.evaluate(done)
     lora = training.config.model.lora
-    if training.accelerator.is_main_process:
-        partial = folder.path / ".model.tmp"
-        export(
-            training.policy,
-            training.tokenizer,
-            partial,
-            training.config.model.dtype,
-            merge=lora is not None and lora.merge,
-        )
+    main, partial = training.accelerator.is_main_process, folder.path / ".model.tmp"
+    merge = lora is not None and lora.merge
+    export(training.policy, training.tokenizer, partial, training.config.model.dtype, merge=merge, main=main)
+    if main:
         replace_folder(partial, folder.path / "model")
     result = RunResult(
         output=str(folder.path),

@@ -15,9 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rwft.config import FrozenConfig, ModelConfig
+from rwft.data.shared import Shared
 from rwft.errors import PolicyError
 from rwft.head import HeadResult, Vocabulary, Weigh, distribution_signals, weighted_loss
 from rwft.regularizers import Penalty
+from rwft.sharding import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
@@ -38,6 +40,11 @@ class Policy(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     @property
+    def _no_split_modules(self) -> Any:
+        """The layers that FSDP wraps, under the name by which Accelerate asks for them."""
+        return self.causal._no_split_modules
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -51,14 +58,27 @@ class Policy(nn.Module):
         head = self.causal.get_output_embeddings()
         return Vocabulary(head.weight, getattr(head, "bias", None), self._scale, self._softcap)
 
-    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, mask: Tensor, shared: Shared | None = None) -> Tensor:
         """`(b t+1), (b t) -> (n h)`: last hidden states at the masked positions; rows are padded on the right.
 
         Right padding under a causal mask is invisible to real tokens, so no attention mask is
-        passed: kernels keep their fast causal path.
+        passed: kernels keep their fast causal path. `shared` holds the same rows behind one copy
+        of each prompt, and gives the same states.
         """
+        if shared is not None:
+            return self._hidden_shared(shared)
         states = self.causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         return rearrange(states, "b t h -> (b t) h")[_flat(mask)]
+
+    def _hidden_shared(self, shared: Shared) -> Tensor:
+        sees = shared.sees()
+        if self.causal.config._attn_implementation == "eager":  # adds its mask: a boolean would count as 0 and 1
+            kind = next(self.model.parameters()).dtype
+            sees = torch.zeros_like(sees, dtype=kind).masked_fill_(~sees, torch.finfo(kind).min)
+        states = self.causal.base_model(
+            input_ids=shared.ids, position_ids=shared.positions, attention_mask=sees, use_cache=False
+        ).last_hidden_state
+        return rearrange(states, "s t h -> (s t) h")[shared.trained]
 
     def forward(
         self,
@@ -72,6 +92,7 @@ class Policy(nn.Module):
         penalty_scale: Tensor | None = None,
         reference: Any = None,
         two_pass: bool = False,
+        shared: Shared | None = None,
     ) -> HeadResult | dict[str, Tensor]:
         """With `weigh`: the weighted loss over masked positions (see `rwft.head.weighted_loss`).
 
@@ -81,14 +102,14 @@ class Policy(nn.Module):
         targets = rearrange(ids[:, 1:], "b t -> (b t)")[_flat(mask)]
         if weigh is None:
             with torch.no_grad(), cast:
-                hidden = self.hidden(ids, mask)
+                hidden = self.hidden(ids, mask, shared)
             return distribution_signals(hidden, self.vocabulary(), targets, ("logp", *signals))
         with cast:
-            hidden = self.hidden(ids, mask)
+            hidden = self.hidden(ids, mask, shared)
             frozen = None
             if reference is not None:
                 with torch.no_grad():
-                    frozen = (reference.hidden(ids, mask), reference.vocabulary())
+                    frozen = (reference.hidden(ids, mask, shared), reference.vocabulary())
         if two_pass:
             segments = [len(targets)]
         return weighted_loss(
@@ -305,14 +326,21 @@ def fingerprint(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-def export(policy: Policy, tokenizer: Any, folder: Path, dtype: str, merge: bool) -> None:
-    """Write a folder that plain transformers loads: the model, or the LoRA adapter unless `merge`. The policy stays as it is."""
+def export(policy: Policy, tokenizer: Any, folder: Path, dtype: str, *, merge: bool, main: bool) -> None:
+    """Write a folder that plain transformers loads: the model, or the LoRA adapter unless `merge`.
+
+    The policy stays as it is. All ranks take part, since weights may be spread over them; `main` writes.
+    """
     model = policy.model
-    if hasattr(model, "peft_config") and merge:
+    adapted = hasattr(model, "peft_config")
+    state = {name: whole(value) for name, value in model.state_dict().items()}
+    if not main:
+        return
+    if adapted and merge:
         model = copy.deepcopy(model).merge_and_unload()
-    state = None
-    if dtype == "bfloat16" and not hasattr(model, "peft_config"):
-        state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+        state = model.state_dict()
+    if dtype == "bfloat16" and (merge or not adapted):
+        state = {name: value.to(torch.bfloat16) for name, value in state.items()}
         model = copy.copy(model)
         model.config = copy.deepcopy(model.config)
         model.config.dtype = torch.bfloat16

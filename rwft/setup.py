@@ -19,16 +19,18 @@ from torch import Tensor
 from rwft.checkpoint import CheckpointStore, join_optimizer, split_optimizer
 from rwft.config import Config, as_dict
 from rwft.data.batching import Batch, Collate, Plan, Stored
-from rwft.data.logprobs import row_logp
+from rwft.data.logprobs import pack_rows, row_logp, unpack_rows
 from rwft.data.prepare import Prepared, prepare
 from rwft.data.rows import Rows
-from rwft.errors import ConfigError
+from rwft.data.shared import Sharing, sharing
+from rwft.errors import ConfigError, did_you_mean
 from rwft.estimator import Counts
 from rwft.frozen import FrozenModels
 from rwft.policy import Policy, load_policy, load_tokenizer
 from rwft.progress import Display
 from rwft.regularizers import Penalty, build_regularizers
 from rwft.run import RunFolder, flatten, refuse_environment
+from rwft.sharding import spread, spread_optimizer, whole, whole_optimizer
 from rwft.signals import SIGNALS
 from rwft.weighting import Objective, build_objective
 
@@ -94,7 +96,7 @@ class Training:
                 if parameter.grad is not None:
                     parameter.grad.div_(denominator)
         limit = self.config.train.clip or float("inf")
-        return float(self.accelerator.clip_grad_norm_(parameters, limit))
+        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
 
     def snapshot(self, step: int) -> None:
         """At the start of every `snapshot_every` steps, what `old_logp` will be until the next snapshot."""
@@ -139,11 +141,11 @@ class Training:
 
         tensors: dict[str, dict[str, Tensor]] = {}
         parameters = self.policy.trained_parameters()
-        tensors["model"] = {name: p.detach() for name, p in parameters.items()}
-        tensors["optimizer"], rest = split_optimizer(self.optimizer.state_dict())
+        tensors["model"] = {name: whole(p) for name, p in parameters.items()}
+        tensors["optimizer"], rest = split_optimizer(whole_optimizer(self.optimizer.state_dict()))
         if "old_logp" in self.objective.reads:
-            parts = gather_object([{i: torch.as_tensor(v) for i, v in self.old_logp.items()}])
-            tensors["old_logp"] = {str(i): v for part in parts for i, v in part.items()}
+            merged = {i: v for part in gather_object([self.old_logp]) for i, v in part.items()}
+            tensors["old_logp"] = pack_rows(merged)
         if self.accelerator.is_main_process:
             state = {"step": step, "optimizer": rest, "kl_running": self.kl_running.hex()}
             self.store.save(step, tensors, state, self.fingerprints)
@@ -160,9 +162,10 @@ class Training:
             raise ConfigError(f"{checkpoint.folder}: holds other parameters than this model; start over with --fresh")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors["model"][name])
-        self.optimizer.load_state_dict(join_optimizer(tensors["optimizer"], state["optimizer"]))
-        self.old_logp.update({int(i): v.numpy() for i, v in tensors.get("old_logp", {}).items()})
+                parameter.copy_(spread(tensors["model"][name], parameter))
+        moments = join_optimizer(tensors["optimizer"], state["optimizer"])
+        self.optimizer.load_state_dict(spread_optimizer(moments, list(parameters.values())))
+        self.old_logp.update(unpack_rows(tensors["old_logp"]) if "old_logp" in tensors else {})
         self.kl_running = float.fromhex(state["kl_running"])
         return int(state["step"])
 
@@ -172,12 +175,36 @@ def start_accelerator(config: Config) -> Any:
     from accelerate import Accelerator
 
     refuse_environment()
+    check_trackers(config.trackers)
     return Accelerator(
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
         log_with=list(config.trackers) or None,
         project_dir=config.output,
     )
+
+
+def refuse_engine(config: Config, accelerator: Any) -> None:
+    """Engines that were tried here and no others: one process, DDP, and FSDP in its second version."""
+    kind = str(accelerator.distributed_type.value)
+    if kind == "FSDP" and config.model.lora is not None and config.model.lora.merge:
+        raise ConfigError("model.lora.merge: weights that are spread over ranks are not merged; export the adapter")
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise ConfigError(f"the launcher asks for {kind}; use DDP or FSDP2, e.g. --config_file configs/accelerate/fsdp2.yaml")
+
+
+def check_trackers(names: Any) -> None:
+    """Refuse trackers that do not exist or are not installed, which Accelerate would leave out without a word."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if not isinstance(names, (list, tuple)):
+        raise ConfigError(f"trackers: found {names!r}, expected a list such as [tensorboard]")
+    installed = set(map(str, get_available_trackers()))
+    for name in map(str, names):
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(f"trackers: '{name}' is unknown; {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}")
+        if name not in installed:
+            raise ConfigError(f"trackers: '{name}' is not installed; pip install {name}")
 
 
 def prepare_training(config: Config, accelerator: Any, folder: RunFolder, display: Display) -> Training:
@@ -189,17 +216,19 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     with accelerator.main_process_first():
         data = prepare(config.data, tokenizer, objective.reads, cache, display.ticker("reading and tokenising rows"))
     display.say(*data.report.lines(), *unread_settings(config, objective, data))
+    refuse_engine(config, accelerator)
     policy = load_policy(config.model, config.train.seed, accelerator.device)
     frozen = FrozenModels(config, policy, accelerator, display)
     stored, known = frozen.signals(objective.reads, data.train)
     reference = frozen.live_reference() if any("ref_logp_all" in penalty.reads for penalty in penalties) else None
-    plan = make_plan(config, objective, penalties, data, accelerator.num_processes)
+    share = sharing(config.data.share_prompts, [m.causal for m in (policy, reference) if m is not None])
+    plan = make_plan(config, objective, penalties, data, accelerator.num_processes, beside=share is not None)
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * plan.steps_per_epoch))
     parameters = list(policy.trained_parameters().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
     )
-    model = accelerator.prepare_model(policy)
+    model, optimizer = accelerator.prepare(policy, optimizer)
     model.train()
     reads = objective.reads | {"reward"} if data.train.has("reward") else objective.reads
     training = Training(
@@ -214,7 +243,7 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
         reference=reference,
         data=data,
         plan=plan,
-        collate=make_collate(data, data.train, reads, tokenizer, policy, stored, known),
+        collate=make_collate(data, data.train, reads, tokenizer, policy, stored, known, share),
         collate_held_out=None
         if data.held_out is None
         else make_collate(data, data.held_out, frozenset(), tokenizer, policy),
@@ -236,17 +265,24 @@ def make_collate(
     policy: Policy,
     stored: Mapping[str, Stored] | None = None,
     known: Mapping[str, NDArray[Any]] | None = None,
+    share: Sharing | None = None,
 ) -> Collate:
     """How rows of one split become batches: with what the data know, and what else is `known` or `stored`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     known = {**data.known(rows), **(known or {})}
-    return Collate(rows, reads, pad=pad, dtype=policy.float_dtype, credit=data.credit, known=known, stored=stored)
+    dtype, credit = policy.float_dtype, data.credit
+    return Collate(rows, reads, pad=pad, dtype=dtype, credit=credit, known=known, stored=stored, share=share)
 
 
-def make_plan(config: Config, objective: Objective, penalties: tuple[Penalty, ...], data: Prepared, world: int) -> Plan:
-    """The order of rows, with those left out of the forward pass whose weight is zero by data alone."""
-    alive = None
-    if not penalties:
+def make_plan(
+    config: Config, objective: Objective, penalties: tuple[Penalty, ...], data: Prepared, world: int, *, beside: bool
+) -> Plan:
+    """The order of rows, with those left out of the forward pass whose weight is zero by data alone.
+
+    With `beside`, rows of a step that may share a prompt stand beside each other.
+    """
+    alive, coupled = None, "group" in objective.reads
+    if not penalties and not coupled:
         zero = zero_weight_rows(objective, data)
         alive = ~zero if zero.any() else None
     return Plan(
@@ -255,7 +291,8 @@ def make_plan(config: Config, objective: Objective, penalties: tuple[Penalty, ..
         accumulate=config.train.accumulate,
         world=world,
         seed=config.train.seed,
-        group=data.train.group if "group" in objective.reads else None,
+        group=data.train.group if coupled or config.data.order == "groups" else None,
+        prompt=data.train.group if beside else None,
         alive=alive,
     )
 

@@ -33,7 +33,6 @@ SIGNALS: dict[str, Signal] = {
     "topk_entropy": Signal("b t", "head", "entropy, in nats, of the 20 most probable tokens renormalised to sum 1"),
     "log_vocab": Signal("", "head", "log of the size of the vocabulary: the largest entropy there is, in nats"),
     "reward": Signal("b 1", "data", "raw reward of the sequence"),
-    "value": Signal("b 1 | b t", "data", "what reward is expected: of the prompt, or from each position on"),
     "token_weight": Signal("b t", "data", "weights that the data give to messages or spans (1 where they give none)"),
     "behavior_logp": Signal("b t", "data", "log-probability under the behaviour policy that wrote the completion"),
     "advantage": Signal("b 1 | b t", "credit", "what credit assignment made of the reward"),

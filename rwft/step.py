@@ -114,6 +114,7 @@ def micro_batch(training: Training, batch: Batch, counts: Counts, step: int, sca
         penalty_scale=penalty_scale,
         reference=training.reference,
         two_pass=config.train.head == "two_pass",
+        shared=batch.shared,
     )
     training.accelerator.backward(result.loss * scale)
     return MicroResult(batch, result, result.coefficients * weigh.flat_denominator())

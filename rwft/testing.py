@@ -99,8 +99,11 @@ class Trial:
         return logits.log_softmax(-1).gather(-1, self.targets[..., None]).squeeze(-1)
 
 
-def trial(b: int = 4, t: int = 7, seed: int = 0) -> Trial:
-    """Random logits `(b t v)` in float64, ragged masks with an untrained prefix, groups of two."""
+def trial(b: int = 4, t: int = 7, seed: int = 0, *, per_token: bool = False) -> Trial:
+    """Random logits `(b t v)` in float64, ragged masks with an untrained prefix, groups of two.
+
+    `per_token` gives signals that may have an axis of time (the advantage) that axis.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -110,12 +113,19 @@ def trial(b: int = 4, t: int = 7, seed: int = 0) -> Trial:
     targets = torch.randint(VOCABULARY, (b, t), generator=random)
     out = Trial(logits, targets, {})
     signals: Signals = {name: draw(*_shape(signal.axes, b, t)) for name, signal in SIGNALS.items()}
+    noise = {name: draw(b, t) for name, signal in SIGNALS.items() if signal.axes.endswith("| b t")}
     logp = out.logp(logits)
     signals |= {"logp": logp, "mask": _ragged(b, t), "group": torch.arange(b) // 2}
     signals |= {name: logp + 0.3 * draw(b, t) for name in FROZEN}
     signals |= _distribution(logits) | _rewards(draw(b, 1))
     signals |= {name: signals[name].abs() + 0.1 for name in ("ref_nll_median", "token_weight", "progress")}
+    signals |= {name: signals[name] + value for name, value in noise.items() if per_token}
     return Trial(logits, targets, signals)
+
+
+def trials(b: int = 4, t: int = 7) -> tuple[Trial, Trial]:
+    """With advantages of sequences, and of tokens."""
+    return trial(b, t), trial(b, t, per_token=True)
 
 
 def _shape(axes: str, b: int, t: int) -> tuple[int, ...]:
@@ -192,8 +202,8 @@ def _documented(objective: Objective) -> Iterator[str]:
 
 def _shapes(objective: Objective) -> Iterator[str]:
     t = 5
-    for b in (1, 2, t - 1, t):
-        weights = objective(trial(b, t).signals)
+    for case in (case for b in (1, 2, t - 1, t) for case in trials(b, t)):
+        weights = objective(case.signals)
         if not weights.is_floating_point():
             yield f"weights are {weights.dtype}; floating point is expected (a comparison: .to(logp.dtype))"
 
@@ -234,28 +244,31 @@ def _gradient(objective: Objective) -> Iterator[str]:
 
 
 def _independent_rows(objective: Objective) -> Iterator[str]:
-    signals = trial(b=6).signals
-    weights = _weigh(objective, signals)
     unit = 2 if "group" in objective.reads else 1
-    what = "groups" if unit == 2 else "rows"
+    for case in trials(b=6):
+        yield from _alone_or_among_others(objective, case.signals, unit)
+
+
+def _alone_or_among_others(objective: Objective, signals: Signals, unit: int) -> Iterator[str]:
+    weights, what = _weigh(objective, signals), "groups" if unit == 2 else "rows"
     for first in range(0, 6, unit):
         rows = list(range(first, first + unit))
         if gap := _differ(_weigh(objective, _rows(signals, rows)), weights[rows]):
             yield f"the weights of rows {rows} alone differ by {gap:.2g} from those among other {what}"
-    order = torch.tensor([4, 5, 0, 1, 2, 3]) if unit == 2 else torch.tensor([3, 0, 5, 1, 4, 2])
+    order = torch.tensor([3, 0, 5, 1, 4, 2])  # rows of a group need not be neighbours
     if gap := _differ(_weigh(objective, _rows(signals, order)), weights[order]):
         yield f"the weights change by {gap:.2g} with the order of the rows"
 
 
 def _invisible_padding(objective: Objective) -> Iterator[str]:
-    case = trial()
-    expected = _weigh(objective, case.signals)
-    for garbage in GARBAGE:
-        if gap := _differ(_weigh(objective, _spoiled(case.signals, garbage)), expected):
-            yield f"{garbage} where mask is 0 changes weights where it is 1 by {gap:.2g}; use seq_sum or seq_mean"
-    wider = _weigh(objective, _padded(case.signals, 3))
-    if gap := _differ(wider[:, : expected.shape[1]], expected):
-        yield f"three columns of padding change the weights by {gap:.2g}; use seq_sum or seq_mean"
+    for case in trials():
+        expected = _weigh(objective, case.signals)
+        for garbage in GARBAGE:
+            if gap := _differ(_weigh(objective, _spoiled(case.signals, garbage)), expected):
+                yield f"{garbage} where mask is 0 changes weights where it is 1 by {gap:.2g}; use seq_sum or seq_mean"
+        wider = _weigh(objective, _padded(case.signals, 3))
+        if gap := _differ(wider[:, : expected.shape[1]], expected):
+            yield f"three columns of padding change the weights by {gap:.2g}; use seq_sum or seq_mean"
 
 
 def _spoiled(signals: Signals, garbage: float) -> Signals:
@@ -300,14 +313,26 @@ def _finite(objective: Objective) -> Iterator[str]:
                 yield f"not finite at {what} ({dtype}); bound it in log space, before the exponential"
 
 
+def _finite_gradient(objective: Objective) -> Iterator[str]:
+    case = trial()
+    logits = case.logits.scatter(-1, case.targets[..., None], -1e4).float().requires_grad_()
+    logp = case.logp(logits)
+    signals = {n: v.float() if v.is_floating_point() else v for n, v in case.signals.items()}
+    surrogate_loss(logp, objective({**signals, "logp": logp}), signals["mask"], 1.0).backward()
+    assert logits.grad is not None
+    if not bool(logits.grad.isfinite().all()):
+        yield "the gradient is not finite where the target's logit is 1e4 below the others"
+
+
 def _token_local(objective: Objective) -> Iterator[str]:
     if not objective.token_local:
         return
-    signals = trial().signals
-    whole = _weigh(objective, signals)
-    for column in range(whole.shape[1]):
-        alone = _weigh(objective, _columns(signals, slice(column, column + 1)))
-        if gap := _differ(alone, whole[:, column : column + 1]):
+    for case in trials():
+        whole = _weigh(objective, case.signals)
+        for column in range(whole.shape[1]):
+            alone = _weigh(objective, _columns(case.signals, slice(column, column + 1)))
+            if not (gap := _differ(alone, whole[:, column : column + 1])):
+                continue
             yield (
                 f"position {column} alone has weights that differ by {gap:.2g} from those in its sequence; "
                 "an objective that looks along time must read 'mask'"
@@ -326,6 +351,7 @@ LAWS: Mapping[str, Callable[[Objective], Iterator[str]]] = MappingProxyType(
         "padding is invisible": _invisible_padding,
         "no gradient where mask is 0": _silent_mask,
         "finite": _finite,
+        "finite gradient": _finite_gradient,
         "token-local unless it reads mask": _token_local,
     }
 )

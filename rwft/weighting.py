@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -139,6 +139,8 @@ def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
     """`name` or `{name: ..., **settings}` -> name and settings."""
     if isinstance(spec, str):
         return spec, {}
-    if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
-        return str(spec["name"]), {str(k): v for k, v in spec.items() if k != "name"}
+    if isinstance(spec, Mapping):
+        given = cast("Mapping[Any, Any]", spec)
+        if isinstance(given.get("name"), str):
+            return str(given["name"]), {str(k): v for k, v in given.items() if k != "name"}
     raise ConfigError(f"{kind}: found {spec!r}; expected a name or a mapping such as {{name: rwr, temperature: 0.5}}")

@@ -704,10 +704,10 @@ def test_the_account(tmp_path: Path) -> None:
     found = read_examples(saved(tmp_path, *rows))
     for _ in range(2):  # each iteration reads anew
         assert [e.source.row for e in found] == [1, 1, 3, 3]
-        assert found.rows_read == 3
+        assert found.ledger.rows == 3
         assert found.ledger.examples == 4
-        assert dict(found.dropped) == {"tie: both completions are the same": 1}
-        assert dict(found.notes) == {"prompt at the start of both completions taken off": 1}
+        assert dict(found.ledger.dropped) == {"tie: both completions are the same": 1}
+        assert dict(found.ledger.notes) == {"prompt at the start of both completions taken off": 1}
     assert str(found.ledger).startswith("3 rows; 4 examples; dropped 1: tie")
 
 
@@ -715,7 +715,7 @@ def test_a_group_with_several_prompts_is_noted_once(tmp_path: Path) -> None:
     rows = [SCORED | {"group": "g", "prompt": prompt} for prompt in ("a", "b", "b", "a")]
     found = read_examples(saved(tmp_path, *rows, SCORED | {"group": "h"}))
     assert [e.group for e in found] == ["g", "g", "g", "g", "h"]
-    assert dict(found.notes) == {"group with several prompts": 1}
+    assert dict(found.ledger.notes) == {"group with several prompts": 1}
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
@@ -758,7 +758,7 @@ def test_an_adapter_of_ones_own(tmp_path: Path) -> None:
     [example] = found
     assert (example.prompt, example.completion, example.reward) == ("x", "y", 1.5)
     assert example.source == Source(str(file), 1)
-    assert found.rows_read == 2
+    assert found.ledger.rows == 2
 
 
 @pytest.mark.parametrize(

@@ -410,6 +410,14 @@ def test_a_sweep_deletes_what_a_dead_run_left_and_nothing_else(two: Path, tmp_pa
     assert CheckpointStore(two / "nowhere").sweep() == []
 
 
+def test_a_leftover_that_was_not_swept_does_not_end_up_in_a_checkpoint(two: Path) -> None:
+    (two / ".tmp-step_00000030").mkdir()
+    (two / ".tmp-step_00000030" / "old.safetensors").write_text("half")
+    save(CheckpointStore(two), 30)
+    assert sorted(os.listdir(two / "step_00000030")) == sorted(FILES)
+    assert loaded(two) == (30, [])
+
+
 def test_names_that_are_almost_a_step_are_no_checkpoint(two: Path) -> None:
     for name in ("step_30", "step_000000030", "step_0000003x", "xstep_00000030", "step_00000030 ", "step_٠٠٠٠٠٠٣٠"):
         (two / name).mkdir()

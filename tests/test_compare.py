@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import pickle
 import string
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import rwft.compare
+import rwft.evaluate
+import rwft.setup
 from rwft.compare import (
     PRIOR,
     Comparison,
@@ -33,8 +39,8 @@ from rwft.compare import (
     table,
     to_csv,
 )
-from rwft.config import CompareConfig, TrainConfig, load_config, resolve
-from rwft.errors import ConfigError, DataError, UserError
+from rwft.config import CompareConfig, LoraConfig, TrainConfig, load_config, resolve
+from rwft.errors import ConfigError, DataError, Interrupted, RwftError, UserError
 from rwft.plots import COLOURS, look, mean_curve, plot_comparison
 
 FIGURES = {"nll/mean": 0.3, "nll_good/mean": 0.1, "nll_bad/mean": 0.5}
@@ -196,17 +202,15 @@ def test_summary() -> None:
 
 
 def test_table_says_where_the_interval_lies() -> None:
-    rows = (
-        Summary("a", 3, 0.5, 0.4, 0.6, FIGURES),
-        Summary("b", 3, 0.7, 0.56, 0.8, FIGURES),
-        Summary("c", 3, 0.2, 0.1, 0.54, FIGURES),
-    )
+    bounds = {"a": (0.57, 0.4, 0.6), "b": (0.7, 0.56, 0.8), "c": (0.2, 0.1, 0.54), "d": (0.53, 0.5, 0.6)}
+    rows = tuple(Summary(label, 3, *bound, FIGURES) for label, bound in bounds.items())
     head, body = table(Comparison(rows, (), 0.55, True))
     assert head == ["objective", "success", "95% interval", "vs logs", "NLL good", "NLL bad"]
     assert [row[:4] for row in body] == [
-        ["a", "0.500", "0.400-0.600", "covers"],
+        ["a", "0.570", "0.400-0.600", "covers"],
         ["b", "0.700", "0.560-0.800", "above"],
         ["c", "0.200", "0.100-0.540", "below"],
+        ["d", "0.530", "0.500-0.600", "covers"],
     ]
     assert body[0][4:] == [0.1, 0.5]
     head, body = table(Comparison((Summary("a", 1, None, None, None, {"nll/mean": 0.3}),), (), None, False))
@@ -311,14 +315,10 @@ def test_small_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert [step for step, _ in by_run["sft", seed].curve] == [2, 3]
     assert metrics(by_run["sft", 0])[0]["nll/mean"] != metrics(by_run["sft", 1])[0]["nll/mean"]
 
-    import rwft.setup
-
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr(rwft.setup, "load_policy", never)
-    import rwft.evaluate
-
     monkeypatch.setattr(rwft.evaluate, "sample_reward", never)
     assert compare(config) == result
 
@@ -333,6 +333,28 @@ def test_the_same_start_and_order_for_every_objective(tmp_path: Path) -> None:
     assert metrics(sft)[0]["nll/mean"] == metrics(dft)[0]["nll/mean"]
     assert metrics(sft)[0]["loss/mean"] != metrics(dft)[0]["loss/mean"]
     assert [m.get("tokens/sum") for m in metrics(sft)] == [m.get("tokens/sum") for m in metrics(dft)]
+    again = compare(config, fresh=True)
+    assert again.outcomes == (sft, dft)
+    assert Path(sft.output).with_name("seed-0.previous-1").is_dir()
+
+
+def test_an_interruption_travels_between_processes() -> None:
+    copy = pickle.loads(pickle.dumps(Interrupted("stopped at step 3", 15)))
+    assert (str(copy), copy.exit_status) == ("stopped at step 3", 143)
+
+
+def test_a_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, *_: Any) -> None:
+            super().__init__(workers)
+
+    def dies(job: Any) -> None:
+        raise BrokenProcessPool("gone")
+
+    monkeypatch.setattr(rwft.compare, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(rwft.compare, "execute", dies)
+    with pytest.raises(RwftError, match=r"compare: a worker process died, .* the same command goes on"):
+        compare(settings(tmp_path, compare={"workers": 2}))
 
 
 def test_a_failing_run_says_which_it_was(tmp_path: Path) -> None:
@@ -358,6 +380,18 @@ def test_logged_rewards_stand_in_for_the_behaviour_policy(tmp_path: Path) -> Non
     result = compare(config)
     assert (result.behavior, result.behavior_exact) == (0.25, False)
     assert result.summaries[0].success is None
+
+
+def test_adapters_on_a_prior(tmp_path: Path) -> None:
+    """With LoRA the prior exports a whole model, on which each run trains adapters of its own."""
+    section = {"objectives": ["dft"], "seeds": 1, "prior": {"steps": 2, "batch_size": 8, "lr": 1e-2}}
+    config = settings(tmp_path, compare=section)
+    config = replace(config, model=replace(config.model, lora=LoraConfig(rank=2, alpha=8.0)))
+    prior, dft = compare(config).outcomes
+    assert (Path(prior.output) / "model" / "config.json").is_file()
+    assert (Path(dft.output) / "model" / "adapter_config.json").is_file()
+    trained = json.loads((Path(dft.output) / "result.json").read_text())["held_out"]
+    assert dft.held_out == pytest.approx(trained, rel=1e-5)
 
 
 @pytest.mark.slow

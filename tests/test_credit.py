@@ -70,13 +70,14 @@ def test_by_hand(settings: dict[str, Any], expected: list[float]) -> None:
 @pytest.mark.parametrize("scale", ["none", "group_std"])
 @pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out", "length_weighted"])
 def test_a_group_of_equal_rewards_has_advantage_zero_exactly(baseline: str, scale: str) -> None:
-    # 0.1 + 0.1 + 0.1 is not 0.3 in floating point, nor its third 0.1
-    reward = [0.1, 0.1, 0.1, 1.0, 0.0, *[1e99] * 7]
-    group, length = [0, 0, 0, 1, 1, *[2] * 7], [3, 1, 7, 1, 1, *range(1, 8)]
+    # in floating point the mean of three times 0.1 is not 0.1, nor that of 0.9 and 0.9 with lengths 7 and 2
+    reward = [0.1, 0.1, 0.1, 1.0, 0.0, *[1e99] * 7, 0.9, 0.9]
+    group, length = [0, 0, 0, 1, 1, *[2] * 7, 3, 3], [3, 1, 7, 1, 1, *range(1, 8), 7, 2]
     out = advantage(reward, group, length, baseline=baseline, scale=scale)
     assert out[:3].tolist() == [0.0] * 3
-    assert out[5:].tolist() == [0.0] * 7
+    assert out[5:].tolist() == [0.0] * 9
     assert out[3] > 0 > out[4]
+    assert advantage([0.1] * 3, [0, 1, 1], [1] * 3, baseline="mean").tolist() == [0.0] * 3
 
 
 def test_a_group_without_spread_says_nothing_under_group_std() -> None:
@@ -119,9 +120,11 @@ def test_sums_over_groups_vanish_and_leaving_one_out_stretches(reward: list[floa
             np.testing.assert_allclose(out[here], size / (size - 1) * mean[here], atol=1e-12)
 
 
-def test_against_plain_loops() -> None:
+@pytest.mark.parametrize("discrete", [False, True])
+def test_against_plain_loops(discrete: bool) -> None:
     rng = np.random.default_rng(1)
-    reward, group, length = rng.normal(size=500), rng.integers(-50, 50, 500) * 10**12, rng.integers(1, 99, 500)
+    reward = rng.integers(0, 3, 500).astype(float) if discrete else rng.normal(size=500)
+    group, length = rng.integers(-50, 50, 500) * 10**12, rng.integers(1, 99, 500)
     credit = fit(CreditConfig(baseline="leave_one_out", scale="group_std"), reward, group, length)
     out, signals = credit.advantage(reward, group, length), credit.signals(reward, group, length)
     for i in range(500):

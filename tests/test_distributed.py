@@ -30,11 +30,53 @@ for name in names:
 """
 
 
-def torchrun(world: int, folder: Path, names: list[str], root: Path) -> None:
-    script = folder / "ranks.py"
-    script.write_text(SCRIPT)
+STOP_AT_2 = SCRIPT.replace(
+    "for name in names:",
+    """import rwft.loop as loop
+
+step = loop.optimiser_step
+
+
+def stop(training, index, meter):
+    if index == 2:
+        assert training.accelerator.is_fsdp2
+        training.accelerator.wait_for_everyone()
+        sys.exit(0)
+    step(training, index, meter)
+
+
+loop.optimiser_step = stop
+for name in names:""",
+)
+
+SHARDED = """
+import accelerate, rwft.setup
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+start = rwft.setup.start_accelerator
+
+
+def sharded(config):
+    # Accelerate turns FSDP on for accelerators only; the engine itself runs on CPU ranks too
+    accelerator = start(config)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True, cpu_ram_efficient_loading=False
+    )
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    accelerate.PartialState().distributed_type = DistributedType.FSDP
+    return accelerator
+
+
+import rwft.loop
+rwft.loop.start_accelerator = sharded
+"""
+
+
+def torchrun(world: int, folder: Path, names: list[str], root: Path, script: str = SCRIPT) -> None:
+    file = folder / "ranks.py"
+    file.write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script), str(world), str(folder), *names]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(file), str(world), str(folder), *names]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -100,3 +142,16 @@ def test_metrics_are_those_of_one_process(tmp_path: Path, root: Path) -> None:
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"tokens_per_second"}:
             assert a[key] == pytest.approx(b[key], rel=1e-9, abs=1e-12), key
+
+
+def test_fully_sharded_ranks_train_resume_and_export(tmp_path: Path, root: Path) -> None:
+    """FSDP2 on two ranks: the parameters of one process, through a checkpoint in the middle, into a plain folder."""
+    more = ("train.batch_size=8", "train.save_every=2", "model.dtype=float32", "train.clip=0.5")
+    train(tiny(tmp_path, *more, "train.batch_size=16", "train.steps=4", objective="iw_sft", name="one"))
+    config = tiny(tmp_path, *more, "train.steps=4", objective="iw_sft", name="sharded")
+    (tmp_path / "sharded.yaml").write_text(to_yaml(config))
+    torchrun(2, tmp_path, ["sharded"], root, script=SHARDED + STOP_AT_2)
+    assert (tmp_path / "sharded" / "checkpoints" / "step_00000002").is_dir()
+    assert not (tmp_path / "sharded" / "model").exists()
+    torchrun(2, tmp_path, ["sharded"], root, script=SHARDED + SCRIPT)
+    assert largest_difference(tmp_path / "one", tmp_path / "sharded") < 1e-6

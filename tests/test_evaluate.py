@@ -404,7 +404,7 @@ def test_command_evaluates_what_a_run_exported(config: Any, tmp_path: Path) -> N
     from rwft.policy import export, load_policy
 
     policy = load_policy(config.model, seed=42)
-    export(policy, character_tokenizer(), tmp_path / "run" / "model", "float32", merge=False)
+    export(policy, character_tokenizer(), tmp_path / "run" / "model", "float32", merge=False, main=True)
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
     console = Console(record=True, file=io.StringIO(), width=160)
     result = evaluate_command(str(tmp_path / "run"), ["evaluate.samples=1"], console)
@@ -412,3 +412,29 @@ def test_command_evaluates_what_a_run_exported(config: Any, tmp_path: Path) -> N
     other = evaluate(replace(config, train=replace(config.train, seed=42)))
     assert result.held_out == pytest.approx(other.held_out, rel=1e-6)
     assert "caesar, 9 prompts x 1" in console.export_text()
+
+
+def test_an_adapter_is_evaluated_on_its_base(config: Any, tmp_path: Path) -> None:
+    """What a run exports as LoRA weights alone scores like the same weights merged."""
+    from rwft.config import LoraConfig, to_yaml
+    from rwft.policy import export, load_policy
+
+    config = replace(config, model=replace(config.model, lora=LoraConfig(rank=2)))
+    policy = load_policy(config.model, config.train.seed)
+    with torch.no_grad():
+        for name, value in policy.named_parameters():
+            if ".lora_B" in name:
+                value.normal_(0, 0.5)
+    results = []
+    for folder, merge in ((tmp_path / "adapter", False), (tmp_path / "merged", True)):
+        export(policy, character_tokenizer(), folder / "model", "float32", merge=merge, main=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        results.append(evaluate_command(str(folder), ["evaluate.temperature=0.0"]))
+    adapter, merged = results
+    assert (tmp_path / "adapter" / "model" / "adapter_config.json").is_file()
+    assert adapter.held_out == pytest.approx(merged.held_out, rel=1e-5)
+    base = evaluate(replace(config, model=replace(config.model, lora=None)))
+    assert adapter.held_out["nll/mean"] != pytest.approx(base.held_out["nll/mean"], rel=1e-3)
+    assert adapter.sampled is not None
+    assert merged.sampled is not None
+    assert adapter.sampled.unfinished == merged.sampled.unfinished

@@ -193,3 +193,21 @@ def test_the_schedule() -> None:
     )
     assert learning_rate(6, 10, TrainConfig(lr=1.0, warmup=0.2, schedule="linear")) == pytest.approx(0.5)
     assert learning_rate(9, 10, TrainConfig(lr=1.0, warmup=0.0, schedule="constant")) == 1.0
+
+
+def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(tmp_path, "trackers=[tensorboard]", objective="rwr"))
+    events = next(path.parent for path in (tmp_path / "run").rglob("events.out.tfevents.*"))
+    logged = EventAccumulator(str(events)).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss/mean", "nll/mean", "weight/ess"):
+        scalars = [event.value for event in logged.Scalars(name)]
+        assert scalars == pytest.approx([line[name] for line in lines if name in line], rel=1e-6)
+
+
+@pytest.mark.parametrize(("given", "sentence"), [("[tensorbord]", "did you mean 'tensorboard'"), ("tensorboard", "expected a list")])
+def test_a_tracker_that_is_not_there_is_refused(given: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        train(tiny(tmp_path, f"trackers={given}"))

@@ -356,10 +356,10 @@ TABLE: list[Row] = [
         {**PAIR, "reward": seq(2, 1), "kl_running": one(-5)},
         [[2 * 8 / 81], [-3 * 2 / 9]],
     ),
-    # --- value: tau = 2: 2 (r - V - 2 log K), log K = ln 8, ln 2
+    # --- value: tau = 2: 2 (A - 2 log K), log K = ln 8, ln 2
     (
         {"name": "dro", "temperature": 2},
-        {**PAIR, "value": seq(0.5, 0.5)},
+        {**PAIR, "advantage": seq(0.5, -0.5)},
         [[1 - 12 * LN2], [-1 - 4 * LN2]],
     ),
     # V* = ln mean(e^ln3, e^0) = ln 2; residuals ln 3 - ln 2 - ln 8 / 2 and -ln 2 - ln 2 / 2; times 2 * 1/2
@@ -368,14 +368,13 @@ TABLE: list[Row] = [
         {**PAIR, "reward": seq(math.log(3), 0)},
         [[math.log(3) - 2.5 * LN2], [-1.5 * LN2]],
     ),
-    # b = 1/2, log k = 1, 2, (99 untrained): to go 3, 2; delta = 4 - .5 - 1.5 = 2, 4 - 1 - 1 = 2; sums 2, 4
+    # b = 1/2, log k = 1, 2, (99 untrained): to go 3, 2; delta = 3.5 - 1.5 = 2, 3 - 1 = 2; sums 2, 4
     (
         {"name": "oreo", "beta": 0.5},
         {
             "logp": tok([-1.0, -1, 0]),
             "ref_logp": tok([-2.0, -3, -99]),
-            "reward": seq(4),
-            "value": tok([0.5, 1.0, 7.0]),
+            "advantage": tok([3.5, 3.0, 7.0]),
             "mask": tok([1, 1, 0]),
         },
         [[2.0, 4.0, 0.0]],
@@ -632,7 +631,7 @@ EDGES: list[Row] = [  # defaults, boundaries, signs and second groups: what a sm
     ),
     ("kto", {**PAIR, "kl_running": one(LN2)}, [[0.1 * Q * (1 - Q)], [-0.025]]),
     ({"name": "kto", "beta": 1}, {**PAIR, "reward": seq(0, 0), "kl_running": one(LN2)}, [[-0.16], [-0.25]]),
-    ("dro", {**PAIR, "value": seq(0.5, 0.5)}, [[0.5 - 3 * LN2], [-0.5 - LN2]]),
+    ("dro", {**PAIR, "advantage": seq(0.5, -0.5)}, [[0.5 - 3 * LN2], [-0.5 - LN2]]),
     # V* = ln((9 + 1) / 2) / 2 = ln(5) / 2
     (
         "a_star_po",
@@ -645,20 +644,19 @@ EDGES: list[Row] = [  # defaults, boundaries, signs and second groups: what a sm
         {**PAIR, "group": torch.tensor([1, 2])},
         [[-6 * LN2], [-2 * LN2]],
     ),
-    # one token: 0.06 (1 - 0.5 - 0.03 * 2)
+    # one token: 0.06 (0.5 - 0.03 * 2)
     (
         "oreo",
-        {"logp": tok([-1.0]), "ref_logp": tok([-3.0]), "reward": seq(1), "value": seq(0.5), "mask": tok([1])},
+        {"logp": tok([-1.0]), "ref_logp": tok([-3.0]), "advantage": seq(0.5), "mask": tok([1])},
         [[0.06 * 0.44]],
     ),
-    # the untrained middle counts nowhere: to go 3, -, 2; delta 4 - 1 - 1.5, -, 4 - 1 - 1; sums 1.5, -, 3.5
+    # the untrained middle counts nowhere: to go 3, -, 2; delta 3 - 1.5, -, 3 - 1; sums 1.5, -, 3.5
     (
         {"name": "oreo", "beta": 0.5},
         {
             "logp": tok([-1.0, 0, -1]),
             "ref_logp": tok([-2.0, -99, -3]),
-            "reward": seq(4),
-            "value": seq(1),
+            "advantage": seq(3),
             "mask": tok([1, 0, 1]),
         },
         [[1.5, 0.0, 3.5]],

@@ -340,7 +340,7 @@ def test_weights_of_a_right_shape(shape: tuple[int, ...]) -> None:
     check_weights(torch.ones(shape), 3, 5, "mine")
 
 
-@pytest.mark.parametrize("shape", [(3,), (5,), (1,), (5, 3), (1, 5), (3, 4), (3, 5, 1), (2, 1)])
+@pytest.mark.parametrize("shape", [(3,), (5,), (1,), (5, 3), (1, 5), (3, 4), (3, 3), (3, 5, 1), (2, 1)])
 def test_weights_of_a_wrong_shape_are_refused_with_both_shapes(shape: tuple[int, ...]) -> None:
     said = sentence(lambda: check_weights(torch.ones(shape), 3, 5, "mine"))
     assert said.startswith(f"objective 'mine' returned weights of shape {shape}; expected (), (3, 1) or (3, 5)")
@@ -436,10 +436,10 @@ def test_weight_statistics_by_hand() -> None:
 
 
 def test_reductions_over_time_by_hand() -> None:
-    x = torch.tensor([[1.0, 3.0, math.nan], [math.inf, 5.0, 7.0], [math.nan, math.nan, math.nan]])
-    mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    assert seq_sum(x, mask).tolist() == [[4.0], [12.0], [0.0]]
-    assert seq_mean(x, mask).tolist() == [[2.0], [6.0], [0.0]]
+    x = torch.tensor([[1.0, 3.0, math.nan], [math.inf, 5.0, 7.0], [4.0, 0.0, 9.0], [math.nan, math.nan, math.nan]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert seq_sum(x, mask).tolist() == [[4.0], [12.0], [4.0], [0.0]]
+    assert seq_mean(x, mask).tolist() == [[2.0], [6.0], [4.0], [0.0]]
 
 
 def test_did_you_mean() -> None:

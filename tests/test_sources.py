@@ -86,7 +86,7 @@ def test_odd_but_legitimate_is_read_exactly(case: dict[str, Any]) -> None:
         assert {key: values[key] for key in expected} == expected
         assert isinstance(example.reward, float)
         assert math.copysign(1, example.reward) == math.copysign(1, expected["reward"])
-    assert dict(examples.notes) == case.get("notes", {})
+    assert dict(examples.ledger.notes) == case.get("notes", {})
 
 
 def test_all_problems_are_counted_and_the_first_five_shown(tmp_path: Path) -> None:

@@ -103,6 +103,19 @@ def test_dft_without_the_stop_gradient_is_another_objective() -> None:
     assert torch.dot(wrong, right) < 0
 
 
+@pytest.mark.parametrize("penalty", [0.0, -0.1, 0.5])
+def test_one_token_rollouts_are_dft_in_expectation(penalty: float) -> None:
+    """Sampling a token and rewarding 1 for the label, `penalty` for others: (1 - penalty) times DFT's gradient."""
+    policy, demonstration = tabular_policy(), (2, 0)
+    total = torch.zeros((), dtype=torch.float64)
+    for t, target in enumerate(demonstration):
+        logp = policy[demonstration[:t]].log_softmax(0)
+        for action in range(V):
+            total = total + logp[action].exp().detach() * (1.0 if action == target else penalty) * logp[action]
+    expected = flat(torch.autograd.grad(total, list(policy.values()), materialize_grads=True))
+    assert_equal((1 - penalty) * rwft_gradient(policy, "dft", [demonstration]), expected)
+
+
 def test_the_effective_reward_is_w_times_the_data_over_pi() -> None:
     """sum_y mu(y) w(y) grad log pi = sum_y pi(y) [mu w / pi](y) grad log pi, here for RWR on a random mu."""
     policy = tabular_policy()

@@ -10,7 +10,7 @@ import rwft
 from rwft.bounds import Positive
 from rwft.errors import ObjectiveError
 from rwft.signals import SIGNALS, seq_mean
-from rwft.testing import LAWS, check_objective, examine, trial
+from rwft.testing import LAWS, check_command, check_objective, examine, trial
 
 
 @pytest.mark.parametrize("name", list(rwft.objective))
@@ -46,6 +46,11 @@ def batch_scalar(reward: Tensor) -> Tensor:
 def other_groups(reward: Tensor, group: Tensor) -> Tensor:
     """Reads group, yet looks across all of them."""
     return reward - reward.mean() + 0 * group[:, None]
+
+
+def neighbours(reward: Tensor, group: Tensor) -> Tensor:
+    """Takes rows of a group for neighbours."""
+    return reward - reward.reshape(-1, 2).mean(dim=1).repeat_interleave(2)[:, None] if len(reward) % 2 == 0 else reward
 
 
 def flat_rows(reward: Tensor) -> Tensor:
@@ -99,6 +104,11 @@ def unbounded(logp: Tensor, ref_logp: Tensor) -> Tensor:
     return (logp - ref_logp).exp()
 
 
+def cliff(logp: Tensor) -> Tensor:
+    """Infinite a little below the values that are tried one at a time."""
+    return torch.where(logp < -1e4 - 1, torch.inf, 1.0)
+
+
 def clamped_too_late(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """0 times infinity."""
     ratio = (logp - ref_logp).exp()
@@ -108,6 +118,21 @@ def clamped_too_late(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def secretly_sequential(logp: Tensor) -> Tensor:
     """Looks along time without reading mask."""
     return logp.cumsum(dim=1).exp()
+
+
+def smoothed_advantage(advantage: Tensor) -> Tensor:
+    """Looks along time if the advantage has that axis."""
+    return advantage.cumsum(dim=1)
+
+
+def pads_advantage(advantage: Tensor, mask: Tensor) -> Tensor:
+    """Averages an advantage of tokens over padding."""
+    return advantage.mean(dim=1, keepdim=True) + 0 * mask[:, :1]
+
+
+def assumes_one_advantage(advantage: Tensor) -> Tensor:
+    """An advantage is `(b 1)` or `(b t)`."""
+    return advantage.reshape(len(advantage), 1)
 
 
 def empty_sequence(logp: Tensor, mask: Tensor) -> Tensor:
@@ -124,6 +149,7 @@ PLANTED = [
     (batch_baseline, "rows do not see each other"),
     (batch_scalar, "rows do not see each other"),
     (other_groups, "rows do not see each other"),
+    (neighbours, "rows do not see each other"),
     (flat_rows, "shapes (), (b 1) or (b t)"),
     (transposed, "shapes (), (b 1) or (b t)"),
     (boolean, "shapes (), (b 1) or (b t)"),
@@ -134,9 +160,13 @@ PLANTED = [
     (masked_by_product, "padding is invisible"),
     (divides_by_width, "padding is invisible"),
     (unbounded, "finite"),
+    (cliff, "finite gradient"),
     (clamped_too_late, "finite"),
     (empty_sequence, "finite"),
     (secretly_sequential, "token-local unless it reads mask"),
+    (smoothed_advantage, "token-local unless it reads mask"),
+    (pads_advantage, "padding is invisible"),
+    (assumes_one_advantage, "shapes (), (b 1) or (b t)"),
     (undocumented, "documented"),
 ]
 
@@ -181,6 +211,14 @@ def test_a_setting_without_default_needs_a_value() -> None:
         check_objective(needs)
 
 
+def test_check_command_shows_the_report_and_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    check_command("dft")
+    assert capsys.readouterr().out.splitlines() == ["objective 'dft'", *[f"ok    {law}" for law in LAWS]]
+    with pytest.raises(ObjectiveError, match=r"objective 'row_coupled' breaks: rows do not see each other$"):
+        check_command(f"{__file__}:row_coupled")
+    assert "FAIL  rows do not see each other: " in capsys.readouterr().out
+
+
 def test_examine_reports_without_raising() -> None:
     report = examine(undocumented)
     assert not report.ok
@@ -190,11 +228,11 @@ def test_examine_reports_without_raising() -> None:
 
 
 def test_a_trial_holds_every_signal_in_its_shape() -> None:
-    case = trial(b=3, t=5)
-    assert set(case.signals) == set(SIGNALS)
     sizes = {"b": 3, "t": 5, "1": 1}
-    for name, value in case.signals.items():
-        shapes = [tuple(sizes[a] for a in axes.split()) for axes in SIGNALS[name].axes.split("|")]
-        assert tuple(value.shape) in shapes, name
+    for case, which in ((trial(b=3, t=5), 0), (trial(b=3, t=5, per_token=True), -1)):
+        assert set(case.signals) == set(SIGNALS)
+        for name, value in case.signals.items():
+            shapes = [tuple(sizes[a] for a in axes.split()) for axes in SIGNALS[name].axes.split("|")]
+            assert tuple(value.shape) == shapes[which], name
     assert case.mask.sum(dim=1).min() >= 1
     assert (case.mask == 0).any()

@@ -373,7 +373,7 @@ def test_steps_that_are_wrong(stretches: list[tuple[int, int, float]], message: 
 HI = "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>"
 
 
-@pytest.mark.parametrize("name", ["CHATML", "MARKED", "MARKED_SHORT", "MARKED_LONG", "MARKED_NEVER"])
+@pytest.mark.parametrize("name", ["CHATML", "MARKED", "MARKED_SHORT", "MARKED_LONG", "MARKED_NEVER", "MARKED_EMPTY"])
 def test_one_turn_is_trained_through_its_end_token(name: str) -> None:
     tokenizer = made.byte_bpe(bos=True, template=getattr(made, name))
     out = tokens(tokenizer, example([user("A")], [assistant("hi")]))
@@ -413,8 +413,9 @@ def test_every_assistant_turn_of_the_completion_is_trained(name: str) -> None:
     assert tokenizer.decode(out.ids).endswith("<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n7<|im_end|>")
 
 
-def test_weights_of_messages_scale_their_tokens() -> None:
-    tokenizer = made.byte_bpe(template=made.CHATML)
+@pytest.mark.parametrize("name", ["CHATML", "MARKED", "FIELDS"])
+def test_weights_of_messages_scale_their_tokens(name: str) -> None:
+    tokenizer = made.byte_bpe(template=getattr(made, name))
     turns = [assistant("hi", weight=0.25), user("C"), assistant("7", weight=0), user("D"), assistant("7", weight=2)]
     out = tokens(tokenizer, example([user("A")], turns))
     assert trained_text(tokenizer, out) == "hi<|im_end|>7<|im_end|>"
@@ -477,16 +478,31 @@ def test_a_template_that_rewrites_the_answer_is_refused(name: str, message: str)
 
 
 def test_marked_turns_do_not_hide_what_the_template_strips() -> None:
-    marked = made.THINK.replace("{{ '<|im_start|>'", "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}")
-    marked = marked.replace(
-        " + m['role'] + '\n' + text + '<|im_end|>\n' }}",
-        "{% generation %}{{ text + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-        "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endif %}",
-    )
+    tokenizer = made.byte_bpe(template=made.THINK_MARKED)
     thought = "<think>hm</think>hi"
-    tokenizer = made.byte_bpe(template=marked)
     with pytest.raises(DataError, match=r"message 1: the chat template writes 'hi.*leaving out parts of '<think>hm"):
         tokens(tokenizer, example([user("A")], [assistant(thought), user("B"), assistant(thought)]))
+    out = tokens(tokenizer, example([user("A")], [assistant(thought, weight=0), user("B"), assistant(thought)]))
+    assert trained_text(tokenizer, out) == thought + "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["OPENED", "OPENED_MARKED"])
+def test_a_thought_that_the_generation_prompt_opens_is_trained_from_there(name: str) -> None:
+    tokenizer = made.byte_bpe(template=getattr(made, name))
+    out = tokens(tokenizer, example([user("A")], [assistant("<think>\nhm\n</think>\nhi")]))
+    assert trained_text(tokenizer, out) == "hm\n</think>\nhi<|im_end|>"
+    with pytest.raises(DataError, match=r"message 1: .* at character 51 '<think>\\n' instead of 'hi<"):
+        tokens(tokenizer, example([user("A")], [assistant("hi")]))
+
+
+def test_every_part_must_be_written_as_at_inference() -> None:
+    tokenizer = made.byte_bpe(template=made.TWO_FACED)
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: message 1: .* at character 0 'a<.*' instead of 'b<"):
+        tokens(tokenizer, example([user("A")], [assistant("hi")]))
+    tokenizer = made.byte_bpe(template=made.REMINDED)
+    assert trained_text(tokenizer, tokens(tokenizer, example([user("A")], [assistant("hi")]))) == "hi<|im_end|>"
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: message 3: .* at character \d+ '!' instead of '7"):
+        tokens(tokenizer, example([user("A")], [assistant("hi"), user("B"), assistant("7")]))
 
 
 def test_a_template_without_an_end_token_is_followed_by_eos() -> None:

@@ -99,6 +99,12 @@ MARKED_NEVER = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% if m['role'] == 'nobody' %}{% generation %}{% endgeneration %}{% endif %}{% endfor %}" + HEADER
 )
+# Marks that hold nothing, one for each turn.
+MARKED_EMPTY = MARKED_SHORT.replace(
+    "{% generation %}{{ m['content'] }}{% endgeneration %}", "{% generation %}{% endgeneration %}{{ m['content'] }}"
+)
+# Begins differently when it asks for an answer.
+TWO_FACED = "{{ 'a' if add_generation_prompt else 'b' }}" + MARKED
 
 # Thinking is kept behind the last user's turn and stripped before it.
 THINK = (
@@ -109,6 +115,15 @@ THINK = (
     "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}" + HEADER
 )
+THINK_MARKED = THINK.replace(
+    "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}",
+    "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ text + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ text + '<|im_end|>\n' }}{% endif %}",
+)
+# The generation prompt opens a thought, which the turn then holds as well.
+OPENED = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+OPENED_MARKED = MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 # The generation prompt opens a thought; thoughts are stripped from every turn, the last one included.
 THINK_OPENED = (
     "{% for m in messages %}"
@@ -137,3 +152,9 @@ MARKED_LATE = (
     "{% if m['role'] == 'assistant' %}{{ 'ok ' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}" + HEADER
 )
+# The header of a later turn is not what its generation prompt says.
+REMINDED = CHATML.replace(
+    "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('' if messages | length < 3 else '!')"
+)
+# Reads every field of a message, as templates that write JSON do.
+FIELDS = CHATML.replace("m['content']", "m['content'] + (m.keys() | list | length - 2) * '!'")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rwft.data.credit import Credit
 from rwft.data.rows import Rows
+from rwft.data.shared import Shared, Sharing
 from rwft.errors import ConfigError, DataError
 
 Stored = Callable[[NDArray[np.int64], Tensor], Tensor]
@@ -30,17 +31,20 @@ class Batch:
 
     `ids (b t+1)` int64, `mask (b t)` 1 where the target is trained, `rows (b)` indices into the
     data set, `signals` what the data and its credit provide, by name (see `rwft.signals`).
+    `shared` holds the same rows behind one copy of each prompt, where that costs less.
     """
 
     ids: Tensor
     mask: Tensor
     rows: Tensor
     signals: Mapping[str, Tensor]
+    shared: Shared | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self.signals.items()}
-        return replace(self, ids=self.ids.to(device), mask=self.mask.to(device), rows=self.rows, signals=moved)
+        shared = None if self.shared is None else self.shared.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), self.rows, moved, shared)
 
     @property
     def sequence_lengths(self) -> list[int]:
@@ -59,8 +63,10 @@ class Plan:
     A step takes the next batch_size x accumulate x world rows of the epoch's order, the last
     one of an epoch what is left, so each row comes exactly once per epoch. Within a step rows
     are sorted by length, then cut: similar lengths pad little, and the gradient of the step
-    does not depend on the cut. With `group`, whole groups stay in one micro-batch. Rows not
-    `alive` (weight zero by data alone) keep their place in the order but are not forwarded.
+    does not depend on the cut. With `group`, whole groups stay in one micro-batch. With
+    `prompt`, rows of a step that have the same number there stand beside each other before the
+    cut. Rows not `alive` (weight zero by data alone) keep their place in the order but are not
+    forwarded.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Plan:
         world: int,
         seed: int,
         group: NDArray[np.int64] | None = None,
+        prompt: NDArray[np.int64] | None = None,
         alive: NDArray[np.bool_] | None = None,
     ) -> None:
         if len(length) == 0:
@@ -79,6 +86,7 @@ class Plan:
         self.length, self.batch_size, self.world, self.seed = length, batch_size, world, seed
         self.window_size = batch_size * accumulate * world
         self.alive = np.ones(len(length), dtype=bool) if alive is None else alive
+        self.prompt = prompt
         self.units = None if group is None else _units(group, batch_size)
         windows = math.ceil(len(length) / self.window_size)
         self.steps_per_epoch = windows if self.units is None else min(windows, len(self.units))
@@ -117,13 +125,24 @@ class Plan:
     def _cut_rows(self, step: int) -> list[NDArray[np.int64]]:
         window = self.window(step)
         window = window[self.alive[window]]
-        longest_first = window[np.argsort(-self.length[window], kind="stable")]
-        return [longest_first[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+        ordered = self._beside(window)
+        return [ordered[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+
+    def _beside(self, window: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Longest first; with `prompt`, rows of one prompt as a block, most rows first, so that the cut splits few."""
+        length = self.length[window]
+        if self.prompt is None:
+            return window[np.argsort(-length, kind="stable")]
+        _, block, size = np.unique(self.prompt[window], return_inverse=True, return_counts=True)
+        longest = np.zeros(len(size), dtype=np.int64)
+        np.maximum.at(longest, block, length)
+        return window[np.lexsort((-length, block, -longest[block], -size[block]))]
 
     def _cut_groups(self, step: int) -> list[NDArray[np.int64]]:
         """First fit, longest groups first: whole groups into micro-batches of at most batch_size rows."""
         parts: list[list[NDArray[np.int64]]] = []
-        for unit in sorted(self._window_units(step), key=lambda unit: -int(self.length[unit].max())):
+        units = [unit[self.alive[unit]] for unit in self._window_units(step)]
+        for unit in sorted(filter(len, units), key=lambda unit: -int(self.length[unit].max())):
             part = next((p for p in parts if sum(map(len, p)) + len(unit) <= self.batch_size), None)
             if part is None:
                 parts.append([unit])
@@ -138,8 +157,9 @@ def _units(group: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]
     largest = max(map(len, units))
     if largest > batch_size:
         raise ConfigError(
-            f"train.batch_size: {batch_size} is smaller than the largest group ({largest} rows), and this objective needs "
-            f"whole groups in one micro-batch; set train.batch_size={largest} or more"
+            f"train.batch_size: {batch_size} is smaller than the largest group ({largest} rows), but whole groups are "
+            "to be in one micro-batch (the objective reads group, or data.order: groups); "
+            f"set train.batch_size={largest} or more"
         )
     return units
 
@@ -161,18 +181,19 @@ class Collate:
         credit: Credit | None = None,
         known: Mapping[str, NDArray[Any]] | None = None,
         stored: Mapping[str, Stored] | None = None,
+        share: Sharing | None = None,
     ) -> None:
-        self.rows, self.reads, self.pad, self.dtype = rows, reads, pad, dtype
+        self.rows, self.reads, self.pad, self.dtype, self.share = rows, reads, pad, dtype, share
         self.credit, self.known, self.stored = credit, known or {}, {} if stored is None else stored
 
     def plain(self) -> Collate:
         """Ids and mask only, of the same rows."""
-        return Collate(self.rows, frozenset(), pad=self.pad, dtype=self.dtype)
+        return Collate(self.rows, frozenset(), pad=self.pad, dtype=self.dtype, share=self.share)
 
     def __call__(self, indices: NDArray[np.int64]) -> Batch:
         if len(indices) == 0:  # a rank without rows still takes part in the collectives: nothing of this row is trained
             empty = self.plain()(np.zeros(1, dtype=np.int64))
-            return replace(empty, mask=torch.zeros_like(empty.mask), signals={})
+            return replace(empty, mask=torch.zeros_like(empty.mask), signals={}, shared=None)
         columns = self.rows.take(indices)
         ids = _pad(columns["ids"], self.pad, torch.int64)
         mask = _pad(columns["mask"], 0, self.dtype)
@@ -181,7 +202,8 @@ class Collate:
             value = self._signal(name, indices, columns, mask)
             if value is not None:
                 signals[name] = value
-        return Batch(ids, mask, torch.as_tensor(indices), signals)
+        shared = None if self.share is None else self.share(columns["ids"], columns["mask"])
+        return Batch(ids, mask, torch.as_tensor(indices), signals, shared)
 
     def _signal(self, name: str, indices: NDArray[np.int64], columns: Mapping[str, Any], mask: Tensor) -> Tensor | None:
         if name == "group":

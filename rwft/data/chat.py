@@ -32,11 +32,10 @@ class Piece:
 
 
 class Spelling(NamedTuple):
-    """A row's text in pieces, the prompt first. `close`: the answer is to end in an end token; `closed`: it does."""
+    """A row's text in pieces, the prompt first. `close`: the answer ends in an end token, its own or else EOS."""
 
     pieces: list[Piece]
     close: bool
-    closed: bool
 
 
 class Turn(NamedTuple):
@@ -87,19 +86,18 @@ class Chat:
         weights = [weight(message, source) for message in conversation]
         trained = [i for i in range(start, len(conversation)) if weights[i] is not None]
         if not trained:
-            return Spelling([], False, False)
+            return Spelling([], False)
         last = trained[-1]
         whole, marks = self._render(conversation[: last + 1], source, marks=self.marks_turns)
         head = self._render(conversation[:start], source, header=True)[0]
         _same_start(head, whole, start, source)
         turns = self._marked(whole, marks, conversation, trained, len(head))
-        turns = turns or self._incremental(whole, conversation, trained, source)
+        turns = turns or self._incremental(whole, head, conversation, trained, start, source)
         turns = [self._closed(whole, turn, conversation[turn.number], source) for turn in turns]
         close = eos and (example.finished or last < len(conversation) - 1)
         if not close:
             turns[-1] = self._opened(whole, turns[-1], conversation[last], source)
-        closed = close and self._ends(whole[turns[-1].start : turns[-1].end])[0] < turns[-1].end - turns[-1].start
-        return Spelling(_cut(whole, len(head), turns, weights), close, closed)
+        return Spelling(_cut(whole, len(head), turns, weights), close)
 
     def _render(
         self, messages: Sequence[Any], source: Source, *, header: bool = False, marks: bool = False
@@ -142,21 +140,23 @@ class Chat:
         token = next((token for token in self.ends if rest.lstrip().startswith(token)), "")
         return turn._replace(end=turn.end + rest.index(token) + len(token)) if token else turn
 
-    def _incremental(self, whole: str, conversation: list[Message], trained: list[int], source: Source) -> list[Turn]:
+    def _incremental(
+        self, whole: str, head: str, conversation: list[Message], trained: list[int], start: int, source: Source
+    ) -> list[Turn]:
         """Turns as the difference between the conversation up to a turn and through it."""
         turns = []
         for i in trained:
-            before, _ = self._render(conversation[:i], source, header=True)
-            _same_start(before, whole, i, source)
+            before = head if i == start else self._render(conversation[:i], source, header=True)[0]
             through = whole if i == trained[-1] else self._render(conversation[: i + 1], source)[0]
-            _same_start(through, whole, i, source)
+            for part in (before, through):
+                _same_start(part, whole, i, source)
             turns.append(Turn(len(before), len(through), i))
         return turns
 
     def _closed(self, whole: str, turn: Turn, message: Message, source: Source) -> Turn:
         """The turn cut behind its end token, if it has one. Raises DataError if the template left out parts of it."""
         text, content = whole[turn.start : turn.end], text_of(message)
-        if _squash(content) not in _squash(text):
+        if not _holds(whole[: turn.start], text, content):
             raise DataError(
                 f"{source}: message {turn.number}: the chat template writes {_excerpt(text)}, leaving out parts of "
                 f"{_excerpt(content)}; make it the last of its row, or give it weight 0"
@@ -222,6 +222,13 @@ def _same_start(part: str, whole: str, index: int, source: Source) -> None:
         f"at character {place} {_excerpt(part[place:])} instead of {_excerpt(whole[place:])}; "
         "make it the last message of its row, give it weight 0, or change the template"
     )
+
+
+def _holds(before: str, turn: str, content: str) -> bool:
+    """Whether a turn holds its content, white space aside; the generation prompt may have opened it (`<think>`)."""
+    before, turn, content = _squash(before), _squash(turn), _squash(content)
+    opened = (k for k in range(1, len(content)) if before.endswith(content[:k]))
+    return content in turn or any(turn.startswith(content[k:]) for k in opened)
 
 
 def _squash(text: str) -> str:

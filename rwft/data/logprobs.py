@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,20 @@ def row_logp(
         tick(len(part))
     policy.train(was_training)
     return out
+
+
+def pack_rows(values: Mapping[int, NDArray[Any]]) -> dict[str, Tensor]:
+    """Values of unequal length by row index, as three flat tensors for a checkpoint."""
+    rows = sorted(values)
+    flat = np.concatenate([values[row] for row in rows]) if rows else np.zeros(0)
+    sizes = np.array([len(values[row]) for row in rows], dtype=np.int64)
+    return {"rows": torch.tensor(rows, dtype=torch.int64), "sizes": torch.from_numpy(sizes), "values": torch.from_numpy(flat)}
+
+
+def unpack_rows(tensors: Mapping[str, Tensor]) -> dict[int, NDArray[Any]]:
+    """The reverse of `pack_rows`."""
+    pieces = tensors["values"].split(tensors["sizes"].tolist())
+    return {int(row): piece.numpy() for row, piece in zip(tensors["rows"], pieces, strict=True)}
 
 
 def cache_path(cache: Path, model: str, rows: Rows, dtype: str) -> Path:

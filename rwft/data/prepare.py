@@ -102,7 +102,8 @@ def tokenised(
 ) -> Rows:
     """Tokenised rows of some files, from the cache if these very files were tokenised this way before."""
     content = content_digests(path)
-    key = json.dumps([VERSION, content, tokenize.fingerprint(), plain(config), str(path)], sort_keys=True, default=str)
+    settings = [plain(config.adapter), config.limit, str(path)]
+    key = json.dumps([VERSION, content, tokenize.fingerprint(), settings], sort_keys=True, default=str)
     fingerprint = hashlib.sha256(key.encode()).hexdigest()
     file = cache / "rows" / f"{fingerprint[:40]}.arrow"
     summary = file.with_suffix(".json")

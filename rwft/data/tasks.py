@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rwft.bounds import Bound, Count
-from rwft.checkpoint import write_atomic
+from rwft.durable import write_atomic
 from rwft.errors import ConfigError, DataError, did_you_mean
 from rwft.registry import parse
 from rwft.weighting import split_spec

@@ -156,8 +156,8 @@ class Tokenize:
         if isinstance(prompt, str) != isinstance(completion, str):
             raise DataError(f"{example.source}: found text with messages, expected prompt and completion of one kind")
         if isinstance(prompt, str) and isinstance(completion, str):
-            return Spelling([Piece(prompt), Piece(completion, 1.0)], eos and example.finished, False)
-        return self.chat.spell(example, eos) if prompt else Spelling([Piece("")], False, False)
+            return Spelling([Piece(prompt), Piece(completion, 1.0)], eos and example.finished)
+        return self.chat.spell(example, eos) if prompt else Spelling([Piece("")], False)
 
     def _encode(self, texts: Iterable[str]) -> Mapping[str, Encoding]:
         distinct = list(texts)
@@ -232,7 +232,7 @@ class Tokenize:
         ids = [token for part in parts[1:] for token in part.ids]
         weights = [piece.weight for piece, part in zip(row.pieces[1:], parts[1:], strict=True) for _ in part.ids]
         places = _places(example, row.pieces, parts) if example.spans else None
-        answer = Answer(ids, weights, places, row.closed or (bool(ids) and ids[-1] in self.end_ids))
+        answer = Answer(ids, weights, places, bool(ids) and ids[-1] in self.end_ids)
         if answer.ended or not row.close:
             return answer
         outside = None if places is None else [*places, -1]

@@ -15,20 +15,20 @@ from rwft.weighting import objective
 
 
 @objective
-def dro(
-    logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, mask: Tensor, *, temperature: Positive = 1.0
-) -> Tensor:
-    r"""Direct reward optimisation: $w = \tau (r - V - \tau \log K)$, $\log K = \log \pi(y) - \log \pi_{ref}(y)$.
+def dro(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, temperature: Positive = 1.0) -> Tensor:
+    r"""Direct reward optimisation: $w = \tau (A - \tau \log K)$, $\log K = \log \pi(y) - \log \pi_{ref}(y)$.
 
-    Why: the best policy under a KL penalty satisfies $r = V + \tau \log K$ for every completion; this is half the
-    gradient's squared residual of it. Any data will do.
+    Why: the best policy under a KL penalty satisfies $r = V + \tau \log K$ for every completion; the
+    weight is the gradient of half the squared residual of that equation. Any data will do.
     Limits: zero on every completion exactly when $\pi = \pi_{ref} e^{(r - V)/\tau}$; at $\pi = \pi_{ref}$ it is
-    reinforce with the value as baseline, times the temperature.
+    reinforce times the temperature.
     Negative rewards: pushed until the log ratio accounts for them, then held.
-    Reference: arXiv 2405.19107 (DRO-V), the policy's loss; the value comes with the data.
-    Warning: other methods are called DRO too (verl's adds $- \beta \log \rho_t$ to a token's advantage).
+    Reference: arXiv 2405.19107 (DRO-V), the policy's loss.
+    Warning: the paper trains V beside the policy; here $A = r - V$ is the advantage, with the baseline of
+    `data.credit` for V (the optimum's is a soft maximum, a little above the mean). Other methods are called DRO
+    too (verl's adds $- \beta \log \rho_t$ to a token's advantage).
     """
-    return temperature * (reward - value - temperature * sequence_log_ratio(logp, ref_logp, mask))
+    return temperature * (advantage - temperature * sequence_log_ratio(logp, ref_logp, mask))
 
 
 @objective
@@ -60,20 +60,19 @@ def a_star_po(
 
 
 @objective
-def oreo(
-    logp: Tensor, ref_logp: Tensor, reward: Tensor, value: Tensor, mask: Tensor, *, beta: NonNegative = 0.03
-) -> Tensor:
-    r"""OREO: $w_i = 2 \beta \sum_{t \le i} \delta_t$, $\delta_t = r - V_t - \beta \sum_{j \ge t} \log k_j$.
+def oreo(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, beta: NonNegative = 0.03) -> Tensor:
+    r"""OREO: $w_i = 2 \beta \sum_{t \le i} \delta_t$, $\delta_t = A_t - \beta \sum_{j \ge t} \log k_j$.
 
     Why: the soft Bellman equation of a KL-penalised policy, from every position to the end; $\log k_j$ is the log
     ratio of a token to the reference. A token's weight gathers the residuals of all suffixes it is in.
     Limits: for one token it is twice dro at temperature beta; beta = 0 trains nothing.
     Negative rewards: pushed until the log ratio accounts for them, then held.
     Reference: arXiv 2412.16145; its mean over positions is normalize: sequence.
-    Warning: the paper trains the value beside the policy; here it comes with the data.
+    Warning: the paper trains $V_t$ beside the policy; here $A_t = r - V_t$ is the advantage: of the sequence, or of
+    positions if the data give step rewards (`credit: {steps: own}`).
     """
     trained = mask > 0
     log_ratio = (logp - ref_logp).where(trained, 0.0)
     to_go = log_ratio.flip(1).cumsum(1).flip(1)
-    residual = (reward - value - beta * to_go).where(trained, 0.0)
+    residual = (advantage - beta * to_go).where(trained, 0.0)
     return 2 * beta * residual.cumsum(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,20 +51,6 @@ class Examples:
     def description(self) -> str:
         """Which format, and which column is what."""
         return self.choice.describe()
-
-    @property
-    def rows_read(self) -> int:
-        return self.ledger.rows
-
-    @property
-    def dropped(self) -> Counter[str]:
-        """Reason -> how many examples were left out for it."""
-        return self.ledger.dropped
-
-    @property
-    def notes(self) -> Counter[str]:
-        """What -> how often something was taken otherwise than as written, or is odd."""
-        return self.ledger.notes
 
     def __iter__(self) -> Iterator[Example]:
         ledger = self.ledger = Ledger()
