@@ -78,7 +78,7 @@ def data(
     source: Annotated[str, typer.Argument(metavar="CONFIG|FILE", help="A config, or a data file or folder by itself.")],
     overrides: Overrides = None,
 ) -> None:
-    """Show what is in the data: format, rewards, lengths, groups, what is dropped and why, and the weights if data decide them."""
+    """Show what is in the data: format, rewards, lengths, groups, what is dropped and why, and the weights."""
     from rwft.inspection import inspect_command
 
     inspect_command(source, overrides or [])
@@ -91,7 +91,7 @@ def check(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Put an objective through the conformance suite; with a config, ask its data and model too whether layout changes the gradient."""
+    """Put an objective through the conformance suite; with a config, its data and model too."""
     from rwft.invariance import check_config_command
     from rwft.testing import check_command
 

@@ -72,7 +72,7 @@ def _rest(n: int) -> dict[str, Tensor]:
     zero = torch.zeros(n, 1)
     signals = {name: zero if s.axes.startswith("b") else torch.zeros(()) for name, s in SIGNALS.items()}
     one = {name: torch.ones(n, 1) for name in ("mask", "group_std", "token_weight")}
-    half = {name: zero + 0.5 for name in ("group_mean", "concentration", "entropy", "topk_entropy")}
+    half = dict.fromkeys(("group_mean", "concentration", "entropy", "topk_entropy"), zero + 0.5)
     numbers = {"ref_nll_median": torch.tensor(0.7), "log_vocab": torch.tensor(3.0), "reward_max": torch.tensor(2.0)}
     return {**signals, **one, **half, **numbers, "group": torch.zeros(n, dtype=torch.long)}
 

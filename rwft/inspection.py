@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from rich.console import Console
 from rwft.config import Config, load_config, resolve
 from rwft.data.adapters import read_examples
 from rwft.data.prepare import Prepared, prepare
-from rwft.data.rows import Rows
 from rwft.progress import Display
 from rwft.weighting import Objective, build_objective
 
@@ -78,15 +77,15 @@ def show_weights(objective: Objective, data: Prepared, display: Display) -> None
     """Histogram, effective sample size and the rows that carry the update, where data alone decide the weights."""
     weights = data_weights(objective, data)
     if weights is None:
-        beyond = ", ".join(sorted(objective.reads - {"reward", "advantage"}))
-        display.say(f"weights of '{objective}' depend on more than rewards ({beyond}); they are known once it trains")
+        display.say(f"weights of '{objective}' depend on more than the rows' rewards; they are known once it trains")
         return
     _distribution(display, f"weight under '{objective}'", weights, len(weights))
     tokens = data.train.trained
     mass = np.abs(weights) * tokens
     ess = effective_sample_size(weights)
     display.say(
-        f"effective sample size: {ess:.1f} of {len(weights)} rows ({ess / len(weights):.1%}); weight zero: {(weights == 0).sum()}"
+        f"effective sample size: {ess:.1f} of {len(weights)} rows ({ess / len(weights):.1%}); "
+        f"weight zero: {(weights == 0).sum()}"
     )
     if mass.sum() > 0:
         top = np.argsort(-mass, kind="stable")[:CARRIERS]
@@ -104,13 +103,14 @@ def effective_sample_size(weights: NDArray[np.float64]) -> float:
 
 
 def data_weights(objective: Objective, data: Prepared) -> NDArray[np.float64] | None:
-    """`(n)`: the weight of each training row, or None if it depends on more than the row's reward and advantage."""
-    if not objective.reads <= {"reward", "advantage"} or data.credit.config.steps != "none":
+    """`(n)`: the weight of each training row, or None if it depends on more than the row's rewards."""
+    known = data.known(data.train)
+    if not objective.reads <= known.keys() or (data.credit is not None and data.credit.config.steps != "none"):
         return None
-    rows: Rows = data.train
-    known: dict[str, Any] = {"reward": rows.reward, "advantage": data.advantages(rows)}
-    signals = {name: torch.as_tensor(value)[:, None] for name, value in known.items()}
-    return objective(signals).expand(len(rows), 1).squeeze(1).double().numpy()
+    signals = {
+        name: torch.as_tensor(value)[:, None] if value.ndim else torch.as_tensor(value) for name, value in known.items()
+    }
+    return objective(signals).double().expand(len(data.train), 1).squeeze(1).numpy()
 
 
 def _distribution(display: Display, what: str, values: NDArray[np.float64], rows: int) -> None:
@@ -120,8 +120,8 @@ def _distribution(display: Display, what: str, values: NDArray[np.float64], rows
         return
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
     display.say(
-        f"{what}: mean {values.mean():.4g}, std {values.std():.4g}, min {values.min():.4g}, 5% {low:.4g}, median {middle:.4g}, "
-        f"95% {high:.4g}, max {values.max():.4g}"
+        f"{what}: mean {values.mean():.4g}, std {values.std():.4g}, min {values.min():.4g}, 5% {low:.4g}, "
+        f"median {middle:.4g}, 95% {high:.4g}, max {values.max():.4g}"
         + (f" ({rows - len(values)} rows have none)" if len(values) < rows else "")
     )
     distinct, counts = np.unique(values, return_counts=True)
@@ -129,7 +129,7 @@ def _distribution(display: Display, what: str, values: NDArray[np.float64], rows
         labels = [f"{value:.4g}" for value in distinct]
     else:
         counts, edges = np.histogram(values, bins=BINS)
-        labels = [f"{a:.4g} to {b:.4g}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        labels = [f"{a:.4g} to {b:.4g}" for a, b in itertools.pairwise(edges)]
     width = max(map(len, labels))
     for label, number in zip(labels, counts, strict=True):
         display.say(f"  {label:>{width}}  {_bar(number / counts.max())} {number}")
@@ -146,5 +146,6 @@ def _group_sizes(display: Display, sizes: NDArray[np.int64]) -> None:
         return
     alone = int((sizes == 1).sum())
     display.say(
-        f"groups: {len(sizes)}, of {sizes.min()} to {sizes.max()} rows (median {np.median(sizes):.4g}); {alone} of a single row"
+        f"groups: {len(sizes)}, of {sizes.min()} to {sizes.max()} rows (median {np.median(sizes):.4g}); "
+        f"{alone} of a single row"
     )

@@ -30,7 +30,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2}
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a layout's gradient is from that of the same step in one micro-batch: max |difference| / max |gradient|."""
+    """How far a layout's gradient is from the same step's in one micro-batch: max |difference| / max |gradient|."""
 
     layout: str
     gap: float
@@ -63,7 +63,7 @@ def layout_gaps(training: Training, step: int = 0) -> Iterator[Gap]:
 def recut(training: Training, size: int) -> Training:
     """The same steps in micro-batches of `size` rows."""
     old = training.plan
-    most = max(size, max(map(len, old.units))) if old.units is not None else size
+    most = max(size, *map(len, old.units)) if old.units is not None else size
     plan = Plan(old.length, batch_size=most, accumulate=1, world=1, seed=old.seed, alive=old.alive)
     plan.window_size, plan.steps_per_epoch, plan.units = old.window_size, old.steps_per_epoch, old.units
     return replace(training, plan=plan)

@@ -1,4 +1,4 @@
-"""What a step says about itself. The suffix of a metric is its reduction; sums are kept on the device until they are logged."""
+"""What a step says about itself. The suffix of a metric is its reduction; sums stay on the device until logged."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from rwft.regularizers import Penalty
 from rwft.sharding import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+KERNEL_KEYS = ("attn_implementation", "experts_implementation", "attn_implementation_internal")
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 
@@ -252,15 +253,14 @@ def refuse_code(config: Mapping[str, Any], where: str) -> None:
     for key, value in config.items():
         if key in CODE_KEYS:
             raise PolicyError(f"{where}: '{key}' names code that comes with the model; such models are not loaded")
-        if key.endswith(("attn_implementation", "experts_implementation", "attn_implementation_internal")):
-            if isinstance(value, str) and "/" in value:
-                raise PolicyError(f"{where}: '{key}: {value}' names a kernel to fetch; such models are not loaded")
+        if key.endswith(KERNEL_KEYS) and isinstance(value, str) and "/" in value:
+            raise PolicyError(f"{where}: '{key}: {value}' names a kernel to fetch; such models are not loaded")
         if isinstance(value, Mapping):
             refuse_code(value, f"{where}: {key}")
 
 
 def _check_head(model: Any) -> None:
-    """Refuse a model whose logits are not cap(scale * (hidden @ W.T + b)): its log-probabilities would be wrong here."""
+    """Refuse a model whose logits are not cap(scale * (hidden @ W.T + b)): its log-probabilities would be wrong."""
     head = model.get_output_embeddings()
     name = type(model).__name__
     if head is None or getattr(head, "weight", None) is None or not hasattr(model, "base_model"):

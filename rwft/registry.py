@@ -52,10 +52,11 @@ class Setting:
         words = SCALARS[self.type] + (f" {self.bound}" if self.bound else "")
         return words + (" or null" if self.optional else "")
 
-    def check(self, value: Any, owner: str) -> Any:
-        """`value` as this setting's type, or an error that says what was expected."""
-        if value is None and self.optional:
+    def check(self, given: Any, owner: str) -> Any:
+        """`given` as this setting's type, or an error that says what was expected."""
+        if given is None and self.optional:
             return None
+        value: Any = given
         if self.choices:
             good = value in self.choices
         elif self.type is float:
@@ -195,12 +196,13 @@ def parse(function: Function, kind: str, vocabulary: Mapping[str, Any], origin: 
             settings[parameter.name] = _setting(parameter, hints, where)
         elif parameter.default is not parameter.empty:
             raise ObjectiveError(
-                f"{where}: '{parameter.name}' has a default, so it is a setting: put '*,' before it to make it keyword-only"
+                f"{where}: '{parameter.name}' has a default, so it is a setting: "
+                "put '*,' before it to make it keyword-only"
             )
         elif parameter.name not in vocabulary:
             raise ObjectiveError(
-                f"{where}: it reads '{parameter.name}', which nothing provides; {did_you_mean(parameter.name, vocabulary)} "
-                f"(a hyperparameter goes after '*,' with a type and a default)"
+                f"{where}: it reads '{parameter.name}', which nothing provides; "
+                f"{did_you_mean(parameter.name, vocabulary)} (a hyperparameter goes after '*,' with a type and a default)"
             )
         else:
             reads.append(parameter.name)
@@ -213,7 +215,8 @@ def _setting(parameter: inspect.Parameter, hints: Mapping[str, Any], where: str)
         raise ObjectiveError(
             f"{where}: setting '{name}' has no type; write '{name}: float = ...' or a bound such as Positive"
         )
-    hint, bound, optional = hints[name], None, False
+    hint: Any = hints[name]
+    bound, optional = None, False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [m for m in typing.get_args(hint) if m is not type(None)]
         optional = len(members) < len(typing.get_args(hint))

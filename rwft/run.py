@@ -113,7 +113,7 @@ def open_run(config: Config, main: bool, fresh: bool) -> RunFolder:
 
 @contextmanager
 def start_run(config: Config, folder: RunFolder, fresh: bool) -> Iterator[None]:
-    """Hold the folder of a run that has passed every check, its config written; an earlier run is set aside if `fresh`."""
+    """Hold the folder of a run that has passed every check; an earlier run is set aside if `fresh`."""
     if not folder.main:
         yield
         return

@@ -190,7 +190,9 @@ def refuse_engine(config: Config, accelerator: Any) -> None:
     if kind == "FSDP" and config.model.lora is not None and config.model.lora.merge:
         raise ConfigError("model.lora.merge: weights that are spread over ranks are not merged; export the adapter")
     if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
-        raise ConfigError(f"the launcher asks for {kind}; use DDP or FSDP2, e.g. --config_file configs/accelerate/fsdp2.yaml")
+        raise ConfigError(
+            f"the launcher asks for {kind}; use DDP or FSDP2, e.g. --config_file configs/accelerate/fsdp2.yaml"
+        )
 
 
 def check_trackers(names: Any) -> None:
@@ -208,7 +210,7 @@ def check_trackers(names: Any) -> None:
 
 
 def prepare_training(config: Config, accelerator: Any, folder: RunFolder, display: Display) -> Training:
-    """Check the cheap things first (objective, data), then load the model, then what the objective reads from frozen ones."""
+    """The cheap checks first (objective, data), then the model, then what the objective reads from frozen ones."""
     objective = build_objective(config.objective)
     penalties = tuple(build_regularizers(config.regularize))
     cache = Path(config.cache).expanduser()

@@ -39,7 +39,9 @@ def spread_optimizer(state: Mapping[str, Any], parameters: list[nn.Parameter]) -
     """The reverse of `whole_optimizer`: what has its parameter's shape is laid out as its parameter is."""
     per_parameter = {
         index: {
-            name: spread(value, parameters[index]) if torch.is_tensor(value) and value.shape == parameters[index].shape else value
+            name: spread(value, parameters[index])
+            if torch.is_tensor(value) and value.shape == parameters[index].shape
+            else value
             for name, value in entry.items()
         }
         for index, entry in state["state"].items()

@@ -121,7 +121,7 @@ def micro_batch(training: Training, batch: Batch, counts: Counts, step: int, sca
 
 
 def gradient(training: Training, step: int) -> tuple[list[MicroResult], float]:
-    """The gradient of one step, over all micro-batches and ranks, left in the parameters; and what it is still to be divided by."""
+    """The gradient of one step over all micro-batches and ranks, left in the parameters; and what still divides it."""
     accelerator = training.accelerator
     counts, batches = training.counts(step), training.micro_batches(step)
     results: list[MicroResult] = []

@@ -34,7 +34,8 @@ def test_every_rank_has_as_many_micro_batches(rows: int, batch_size: int, accumu
     p = plan(rows, batch_size, accumulate, world)
     for step in range(p.steps_per_epoch):
         counts = [len(p.micro_batches(step, rank)) for rank in range(world)]
-        assert len(set(counts)) == 1 and counts[0] >= 1
+        assert len(set(counts)) == 1
+        assert counts[0] >= 1
         assert max(len(part) for rank in range(world) for part in p.micro_batches(step, rank)) <= batch_size
 
 

@@ -60,7 +60,10 @@ def sharded(config):
     # Accelerate turns FSDP on for accelerators only; the engine itself runs on CPU ranks too
     accelerator = start(config)
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True, cpu_ram_efficient_loading=False
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
     )
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     accelerate.PartialState().distributed_type = DistributedType.FSDP
@@ -94,7 +97,18 @@ def largest_difference(one: Path, other: Path) -> float:
 
 CASES = [
     (objective, normalize)
-    for objective in ("sft", "dft", "rwr", "iw_sft", "iw_sft_token", "filtered_bc", "awr", "reinforce", "prob_power", "tis")
+    for objective in (
+        "sft",
+        "dft",
+        "rwr",
+        "iw_sft",
+        "iw_sft_token",
+        "filtered_bc",
+        "awr",
+        "reinforce",
+        "prob_power",
+        "tis",
+    )
     for normalize in ("token", "sequence", "sequence_sum", "weight")
     if not (objective == "reinforce" and normalize == "weight")
 ]
@@ -106,7 +120,9 @@ def test_two_ranks_train_the_same_parameters(tmp_path: Path, root: Path) -> None
     for objective, normalize in CASES:
         name = f"{objective}-{normalize}"
         more = (f"train.normalize={normalize}", "train.steps=3")
-        config = tiny(tmp_path, "train.batch_size=4", "train.accumulate=2", *more, objective=objective, name=f"two/{name}")
+        config = tiny(
+            tmp_path, "train.batch_size=4", "train.accumulate=2", *more, objective=objective, name=f"two/{name}"
+        )
         (tmp_path / f"{name}.yaml").write_text(to_yaml(config))
         train(tiny(tmp_path, "train.batch_size=16", *more, objective=objective, name=f"one/{name}"))
         names.append(name)
@@ -136,7 +152,8 @@ def test_metrics_are_those_of_one_process(tmp_path: Path, root: Path) -> None:
     (tmp_path / "two.yaml").write_text(to_yaml(config))
     torchrun(2, tmp_path, ["two"], root)
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
     )
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):

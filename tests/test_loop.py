@@ -56,7 +56,8 @@ def test_training_moves_the_parameters_and_lowers_the_nll(tmp_path: Path) -> Non
     nll = [line["nll/mean"] for line in lines if "nll/mean" in line]
     assert nll[0] == pytest.approx(math.log(100), rel=0.02)  # random weights: uniform over 100 characters
     assert nll[-1] < nll[0] - 1.0
-    assert result.steps == 60 and result.held_out["nll/mean"] < nll[0]
+    assert result.steps == 60
+    assert result.held_out["nll/mean"] < nll[0]
 
 
 class Killed(Exception):
@@ -68,7 +69,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_bit_by_bit(
     objective: str, dead_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import rwft.loop as loop
+    from rwft import loop
 
     more = ("train.steps=6", "train.save_every=2", "model.dtype=float32", "train.clip=0.5")
     train(tiny(tmp_path, *more, objective=objective, name="whole"))
@@ -92,7 +93,7 @@ def test_a_killed_run_goes_on_bit_by_bit(
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rwft.loop as loop
+    from rwft import loop
 
     config = tiny(tmp_path)
     first = train(config)
@@ -145,7 +146,8 @@ def test_a_weight_that_is_not_finite_stops_before_the_parameters_move(tmp_path: 
 
 def test_an_objective_of_five_lines_trains(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from rwft import objective\n\n\n@objective\ndef half_dft(logp, *, alpha: float = 0.5):\n    return (alpha * logp).exp()\n"
+        "from rwft import objective\n\n\n"
+        "@objective\ndef half_dft(logp, *, alpha: float = 0.5):\n    return (alpha * logp).exp()\n"
     )
     train(tiny(tmp_path, objective={"name": f"{tmp_path}/mine.py:half_dft", "alpha": 0.5}, name="mine"))
     train(tiny(tmp_path, objective={"name": "prob_power", "alpha": 0.5}, name="built_in"))
@@ -153,7 +155,7 @@ def test_an_objective_of_five_lines_trains(tmp_path: Path) -> None:
 
 
 def test_rows_of_weight_zero_change_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rwft.setup as setup
+    from rwft import setup
 
     train(tiny(tmp_path, objective=["dft", "filtered_bc"], name="skipped"))
     monkeypatch.setattr(
@@ -174,7 +176,7 @@ def test_old_logp_is_the_policy_at_the_last_snapshot(tmp_path: Path) -> None:
 
 
 def test_reference_logp_is_computed_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rwft.setup as setup
+    from rwft import setup
 
     train(tiny(tmp_path, objective="iw_sft", name="first"))
     monkeypatch.setattr(setup, "row_logp", lambda *a, **k: pytest.fail("computed again"))
@@ -186,11 +188,9 @@ def test_the_schedule() -> None:
     config = TrainConfig(lr=1.0, warmup=0.2, schedule="cosine")
     rates = [learning_rate(step, 10, config) for step in range(10)]
     assert rates[:2] == [0.5, 1.0]
-    assert (
-        rates[2] == 1.0
-        and rates[6] == pytest.approx(0.5)
-        and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    )
+    assert rates[2] == 1.0
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert learning_rate(6, 10, TrainConfig(lr=1.0, warmup=0.2, schedule="linear")) == pytest.approx(0.5)
     assert learning_rate(9, 10, TrainConfig(lr=1.0, warmup=0.0, schedule="constant")) == 1.0
 
@@ -207,7 +207,9 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
         assert scalars == pytest.approx([line[name] for line in lines if name in line], rel=1e-6)
 
 
-@pytest.mark.parametrize(("given", "sentence"), [("[tensorbord]", "did you mean 'tensorboard'"), ("tensorboard", "expected a list")])
+@pytest.mark.parametrize(
+    ("given", "sentence"), [("[tensorbord]", "did you mean 'tensorboard'"), ("tensorboard", "expected a list")]
+)
 def test_a_tracker_that_is_not_there_is_refused(given: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=sentence):
         train(tiny(tmp_path, f"trackers={given}"))

@@ -116,7 +116,8 @@ def test_lora_trains_the_adapter_alone_and_exports_either_way(tmp_path: Path) ->
     train(tiny(tmp_path, *lora, objective="iw_sft", name="adapter"))
     train(tiny(tmp_path, *lora, "model.lora.merge=true", objective="iw_sft", name="merged"))
     saved = load_file(tmp_path / "adapter" / "model" / "adapter_model.safetensors")
-    assert saved and all("lora_" in name for name in saved)
+    assert saved
+    assert all("lora_" in name for name in saved)
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter" / "model").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model").eval()
     untouched = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -128,7 +129,9 @@ def test_lora_trains_the_adapter_alone_and_exports_either_way(tmp_path: Path) ->
 
 
 def test_lora_on_the_output_head_is_refused() -> None:
-    config = ModelConfig(config=FAMILIES["llama"], tokenizer="characters", lora=LoraConfig(targets=["q_proj", "lm_head"]))
+    config = ModelConfig(
+        config=FAMILIES["llama"], tokenizer="characters", lora=LoraConfig(targets=["q_proj", "lm_head"])
+    )
     with pytest.raises(PolicyError, match="'lm_head' is the output head"):
         load_policy(config, seed=0)
 
@@ -164,6 +167,7 @@ def test_the_exported_folder_is_a_plain_model(tmp_path: Path) -> None:
     assert out.shape[1] > ids.shape[1]
     assert isinstance(tokenizer.decode(out[0]), str)
     frozen = load_frozen(FrozenConfig(path=str(folder)), "float64", "sdpa", "cpu")
-    assert isinstance(frozen, Policy) and not any(p.requires_grad for p in frozen.parameters())
+    assert isinstance(frozen, Policy)
+    assert not any(p.requires_grad for p in frozen.parameters())
     assert load_tokenizer(ModelConfig(path=str(folder))).get_vocab() == tokenizer.get_vocab()
     assert MODEL["vocab_size"] == model.config.vocab_size

@@ -23,7 +23,7 @@ MODEL = {
 
 
 def write_rollouts(path: Path, prompts: int = 12, seed: int = 0) -> Path:
-    """One line a prompt: one to four completions of 1 to 9 letters, a 0/1 reward each, log-probabilities with the EOS's."""
+    """One line a prompt: two to four completions of 1 to 9 letters, 0/1 rewards, log-probabilities with the EOS's."""
     draw = np.random.default_rng(seed)
     letters = np.array(list("abcdefgh"))
     with path.open("w", encoding="utf-8") as handle:

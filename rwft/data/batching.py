@@ -242,7 +242,7 @@ class Collate:
         return _pad(per_token, 0.0, self.dtype)
 
 
-def _pad(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype) -> Tensor:
+def _pad(rows: Sequence[Sequence[float] | NDArray[Any]], value: float, dtype: torch.dtype) -> Tensor:
     """Lists of unequal length -> `(b t)`, padded on the right."""
     out = torch.full((len(rows), max(map(len, rows))), value, dtype=dtype)
     for index, row in enumerate(rows):

@@ -9,7 +9,7 @@ from typing_extensions import NotRequired
 
 
 class Message(TypedDict):
-    """One turn of a conversation. `weight` scales the tokens of an assistant turn (1 if absent; 0 leaves it untrained)."""
+    """One turn of a conversation. `weight` scales an assistant turn's tokens (1 if absent; 0 leaves it untrained)."""
 
     role: str
     content: Any

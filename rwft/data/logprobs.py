@@ -81,7 +81,11 @@ def pack_rows(values: Mapping[int, NDArray[Any]]) -> dict[str, Tensor]:
     rows = sorted(values)
     flat = np.concatenate([values[row] for row in rows]) if rows else np.zeros(0)
     sizes = np.array([len(values[row]) for row in rows], dtype=np.int64)
-    return {"rows": torch.tensor(rows, dtype=torch.int64), "sizes": torch.from_numpy(sizes), "values": torch.from_numpy(flat)}
+    return {
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "sizes": torch.from_numpy(sizes),
+        "values": torch.from_numpy(flat),
+    }
 
 
 def unpack_rows(tensors: Mapping[str, Tensor]) -> dict[int, NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""From the data section of a config to tokenised rows, held-out rows, fitted credit, and a report of what became of each row."""
+"""From the data section of a config to tokenised rows, held-out rows, fitted credit, and a report of all of it."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def tokenised(
 
 
 def content_digests(path: Any) -> list[str] | None:
-    """sha256 of every local file that `path` names, in order; None if something is not local, so cannot be recognised."""
+    """sha256 of every local file that `path` names, in order; None if something is not local."""
     files = local_files(path)
     return None if files is None else [sha256(file) for file in files]
 
@@ -180,10 +180,8 @@ def require(rows: Rows, reads: frozenset[str]) -> None:
             "e.g. adapter: {name: scored, reward: <column>}, or choose an objective without rewards, such as sft"
         )
     if "behavior_logp" in reads and not rows.has("behavior_logp"):
-        import pyarrow.compute as pc
-
-        index = int(np.flatnonzero(np.asarray(pc.is_null(rows.table["behavior_logp"])))[0])
+        index = int(np.flatnonzero(np.asarray(rows.table["behavior_logp"].is_null()))[0])
         raise DataError(
-            f"{rows.source(index)}: no log-probabilities of the behaviour policy, but the objective reads behavior_logp; "
-            "give them in the data (a list per completion), or choose an objective that reads ref_logp, such as iw_sft"
+            f"{rows.source(index)}: no log-probabilities of the behaviour policy, but the objective reads "
+            "behavior_logp; give them in the data (a list per completion), or choose an objective that reads ref_logp, such as iw_sft"
         )

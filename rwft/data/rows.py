@@ -116,17 +116,16 @@ def open_rows(path: Path, fingerprint: str) -> Rows:
 
 
 def _index(table: pa.Table, fingerprint: str) -> Rows:
-    import pyarrow.compute as pc
-
     reward = np.array(table["reward"].to_numpy(), dtype=np.float64)
-    length = np.asarray(pc.list_value_length(table["mask"])).astype(np.int64)
+    length = np.zeros(table.num_rows, dtype=np.int64)
     trained = np.zeros(table.num_rows, dtype=np.int64)
     start = 0
     for chunk in table["mask"].chunks:
+        here = slice(start, start + len(chunk))
+        length[here] = np.asarray(chunk.value_lengths())
+        ends = np.cumsum(length[here])
         flat = np.concatenate([[0], np.cumsum(np.asarray(chunk.flatten().cast(pa.int8()), dtype=np.int64))])
-        ends = np.cumsum(np.asarray(pc.list_value_length(chunk)).astype(np.int64))
-        starts = np.concatenate([[0], ends[:-1]])
-        trained[start : start + len(chunk)] = flat[ends] - flat[starts]
+        trained[here] = flat[ends] - flat[ends - length[here]]
         start += len(chunk)
     return Rows(table, fingerprint, reward, _group_ids(table), length, trained)
 
