@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rwft.head import Vocabulary, token_logprobs, weighted_loss
+from rwft.head import Draws, Vocabulary, token_logprobs, weighted_loss
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -62,10 +62,11 @@ def floor(case: Case, chunk: int) -> None:
             torch.addmm(dw, logits.T, rows, beta=float(start > 0), out=dw)
 
 
-def one_pass(case: Case, frozen: bool = False) -> None:
+def one_pass(case: Case, frozen: bool = False, sampled: Draws | None = None) -> None:
     n = case.x.shape[0]
     vocabulary = Vocabulary(case.w.detach() if frozen else case.w)
-    weighted_loss(case.x, vocabulary, case.y, lambda signals, _: signals["logp"].exp() / n).loss.backward()
+    result = weighted_loss(case.x, vocabulary, case.y, lambda found, _: found["logp"].exp() / n, sampled=sampled)
+    result.loss.backward()
 
 
 def two_pass(case: Case) -> None:
@@ -90,6 +91,7 @@ def heads() -> dict[str, Callable[[Case], None]]:
         "one pass": one_pass,
         "two passes": two_pass,
         "frozen projection": lambda case: one_pass(case, frozen=True),
+        "sampled gradients": lambda case: one_pass(case, sampled=Draws(torch.Generator().manual_seed(0))),
         "full logits": full_logits,
     }
     if importlib.util.find_spec("cut_cross_entropy"):
@@ -99,7 +101,7 @@ def heads() -> dict[str, Callable[[Case], None]]:
 
 def best_chunk(case: Case) -> int:
     chunks = [c for c in (128, 256, 512, 1024) if c <= case.x.shape[0]] or [case.x.shape[0]]
-    return min(chunks, key=lambda c: min(cpu_seconds(lambda: floor(case, c)) for _ in range(2)))
+    return min(chunks, key=lambda c: cpu_seconds(lambda: floor(case, c)))
 
 
 def cpu_seconds(run: Callable[[], None]) -> float:
@@ -159,12 +161,12 @@ def table(n: int, h: int, v: int, kind: str, repeats: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, nargs="+", default=[32000, 151936])
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one small vocabulary, float32, three repeats")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one small vocabulary in float32")
     parser.add_argument("--workspace-of", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -174,7 +176,7 @@ def main() -> None:
         print(workspace(given.workspace_of, Case.random(int(n), int(h), int(v), DTYPES[kind])))
         return
     if given.quick:
-        given.vocab, given.dtype, given.repeats = [32000], ["fp32"], 3
+        given.vocab, given.dtype = [32000], ["fp32"]
     for v in given.vocab:
         for kind in given.dtype:
             for line in table(given.tokens, given.hidden, v, kind, given.repeats):

@@ -1,4 +1,4 @@
-"""What `rwft objectives` prints, from the registry and the docstrings alone."""
+"""What `rwft objectives` prints, from the registries and the docstrings alone."""
 
 from __future__ import annotations
 
@@ -31,13 +31,20 @@ def families() -> Iterator[tuple[ModuleType | None, list[Entry]]]:
         yield None, own
 
 
+def regularizers() -> list[Entry]:
+    """Every penalty that is registered: what is added to an objective, and is no weight."""
+    from rwft.regularizers import regularizer
+
+    return [regularizer.entry(name) for name in regularizer]
+
+
 def title(family: ModuleType | None) -> str:
     """The first line of a page's docstring."""
     return (inspect.getdoc(family) or "").partition("\n")[0] if family else "Your own."
 
 
 def headline(entry: Entry) -> tuple[str, str]:
-    """What an objective is called in words, and its formula (both without their punctuation)."""
+    """What an objective or regularizer is called in words, and its formula (both without their punctuation)."""
     first = (inspect.getdoc(entry.function) or entry.name).partition("\n")[0]
     words, _, formula = first.partition(": $")
     return words.rstrip("."), f"${formula.rstrip('.')}" if formula else ""
@@ -51,32 +58,37 @@ def parts(entry: Entry) -> dict[str, str]:
 
 
 def overview() -> str:
-    """Every objective by family: its name, what it is, and what it reads."""
+    """Every objective by family, then the regularizers: name, what it is, and what it reads."""
     lines: list[str] = []
     for family, entries in families():
         lines += [title(family)]
         lines += [_row(entry) for entry in entries] + [""]
+    lines += ["Penalties over the vocabulary, beside any objective: regularize: [{name: forward_kl, coef: 0.05}]."]
+    lines += [_row(entry) for entry in regularizers()] + [""]
     lines += ["A list is a product: [dft, {name: rwr, temperature: 0.5}]. One in full: rwft objectives NAME."]
     return "\n".join(lines)
 
 
 def _row(entry: Entry) -> str:
     reads = ", ".join(entry.reads) or "nothing"
-    return f"  {entry.name:<16} {headline(entry)[0]:<58} {reads}"
+    return f"  {entry.name:<16} {headline(entry)[0].partition(', `')[0]:<58} {reads}"
 
 
 def describe(name: str) -> str:
-    """One objective: its docstring, what it reads and from where, its settings, and how it is trained.
+    """One objective or regularizer: its docstring, what it reads and from where, its settings, how it is trained.
 
     Raises ObjectiveError, with the nearest valid name, if there is none.
     """
-    entry = objective.entry(name)
+    penalty = next((entry for entry in regularizers() if entry.name == name), None)
+    entry = penalty or objective.entry(name)
     words, formula = headline(entry)
     lines = [entry.name, "", *_wrap(f"{words}: {formula}" if formula else words), ""]
     for part, text in parts(entry).items():
         lines += _wrap(f"{part}: {text}", hang=2)
-    lines += ["", *(reads_lines(entry) or ["Reads nothing."]), "", *(settings_lines(entry) or ["No settings."])]
-    return "\n".join([*lines, "", locality(entry), f"Defined in {place(entry.function)} ({entry.origin})."])
+    reads = penalty_lines(penalty) if penalty else reads_lines(entry) or ["Reads nothing."]
+    trained = "A regularizer, with a `coef`, beside any objective." if penalty else locality(entry)
+    lines += ["", *reads, "", *(settings_lines(entry) or ["No settings."])]
+    return "\n".join([*lines, "", trained, f"Defined in {place(entry.function)} ({entry.origin})."])
 
 
 def _wrap(text: str, hang: int = 0) -> list[str]:
@@ -89,6 +101,13 @@ def reads_lines(entry: Entry) -> list[str]:
         f"Reads {name} ({SIGNALS[name].axes}), from the {SIGNALS[name].source}: {SIGNALS[name].doc}."
         for name in entry.reads
     ]
+
+
+def penalty_lines(entry: Entry) -> list[str]:
+    """What a regularizer reads, one line each."""
+    from rwft.regularizers import INPUTS
+
+    return [f"Reads {name} {INPUTS[name]}." for name in entry.reads]
 
 
 def settings_lines(entry: Entry) -> list[str]:

@@ -25,12 +25,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file, e.g. train.lr=1e-5."),
 ]
+Replay = Annotated[
+    bool,
+    typer.Option("--replay", help="CONFIG is a finished run's folder: run it again from its manifest and compare."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an earlier run in the same output aside and start over.")]
 
 
 @app.command(epilog="Example: rwft train configs/awr.yaml objective=dft train.steps=200 output=runs/dft")
-def train(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def train(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = False, replay: Replay = False) -> None:
     """Train a policy. The same command in the same output goes on where it stopped."""
+    if replay:
+        from rwft.replay import replay_command
+
+        return replay_command(config, overrides or [])
     from rwft.config import load_config
     from rwft.loop import train as run
 
@@ -45,14 +53,14 @@ def compare(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = Fals
     compare_command(config, overrides or [], fresh=fresh)
 
 
-@app.command(epilog="Example: rwft evaluate runs/awr evaluate.verifier=numeric evaluate.samples=4")
+@app.command(epilog="Example: rwft evaluate runs/awr evaluate.verifier=numeric evaluate.off_policy=true")
 def evaluate(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="The output folder of a run, or a config whose model is evaluated.")
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Measure a policy on held-out rows: likelihood, and with a verifier the reward of its samples."""
+    """Measure a policy on held-out rows: likelihood, off-policy value, and with a verifier its samples' reward."""
     from rwft.evaluate import evaluate_command
 
     evaluate_command(run, overrides or [])
@@ -77,8 +85,15 @@ def objectives(
 def data(
     source: Annotated[str, typer.Argument(metavar="CONFIG|FILE", help="A config, or a data file or folder by itself.")],
     overrides: Overrides = None,
+    row: Annotated[
+        str | None, typer.Option("--row", metavar="N|FILE:N", help="Show one row of CONFIG's data token by token.")
+    ] = None,
 ) -> None:
     """Show what is in the data: format, rewards, lengths, groups, what is dropped and why, and the weights."""
+    if row is not None:
+        from rwft.rowview import row_command
+
+        return row_command(source, overrides or [], row)
     from rwft.inspection import inspect_command
 
     inspect_command(source, overrides or [])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwft.errors import ConfigError, did_you_mean
+from rwft.redaction import redact, secret_in
 from rwft.settings import (
     CompareConfig,
     Config,
@@ -67,7 +68,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.load(file)
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = redact(" ".join(str(error).split()))
         raise ConfigError(f"{file}: not readable as YAML: {reason}") from None
     plain = OmegaConf.to_container(content, resolve=False)
     if not isinstance(plain, dict):
@@ -83,26 +84,32 @@ def resolve(content: Mapping[str, Any], overrides: Iterable[str] = (), where: st
     overrides = list(overrides)
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(f"override '{override}': expected key=value, such as train.lr=1e-5")
+            raise ConfigError(f"override '{redact(override)}': expected key=value, such as train.lr=1e-5")
     try:
         given = OmegaConf.merge(OmegaConf.create(dict(content)), OmegaConf.from_dotlist(overrides))
         plain = OmegaConf.to_container(given, resolve=False)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where}: {redact(' '.join(str(error).split()))}") from None
     assert isinstance(plain, dict)
-    _refuse_interpolation(plain, where)
+    _refuse_text(plain, where)
     return _build(Config, plain, "", where)
 
 
-def _refuse_interpolation(node: Any, where: str, key: str = "") -> None:
+def _refuse_text(node: Any, where: str, key: str = "") -> None:
+    """No interpolations, which could read anything; no secrets, since settings are written into the run's folder."""
     if isinstance(node, dict):
         for name, value in node.items():
-            _refuse_interpolation(value, where, f"{key}.{name}" if key else str(name))
+            _refuse_text(value, where, f"{key}.{name}" if key else str(name))
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _refuse_interpolation(value, where, f"{key}[{index}]")
+            _refuse_text(value, where, f"{key}[{index}]")
     elif isinstance(node, str) and "${" in node:
         raise ConfigError(f"{where}: {key}: interpolations are not read here; write the value itself")
+    elif isinstance(node, str) and (secret := secret_in(node)) is not None:
+        raise ConfigError(
+            f"{where}: {key}: found {secret}, expected no secret, since settings are written into the run's folder; "
+            "give tokens by the environment or by `hf auth login`"
+        )
 
 
 def _build(cls: Any, node: Any, prefix: str, where: str) -> Any:

@@ -49,7 +49,9 @@ def curves(objective: Objective) -> list[Curve]:
             x = torch.linspace(-2, 2, POINTS) if name in REWARDS else torch.linspace(0, _end(name), POINTS)
             return [Curve(_axis(name), str(objective), "", x, _weigh(objective, {name: x[:, None]}))]
     if "aux_logp" in reads:
-        return []  # a choice between the tokens of a sequence, and nothing to draw for one token
+        x = torch.linspace(0.01, 3, POINTS)
+        axis = "ratio of the auxiliary model to the reference"
+        return [Curve(axis, str(objective), "", x, _weigh(objective, {"aux_logp": x.log()[:, None]}))]
     return [Curve("p", str(objective), "", torch.linspace(0, 1, POINTS), _weigh(objective, {}))]
 
 

@@ -23,11 +23,15 @@ from torch import Tensor
 from rwft.config import Config, EvaluateConfig, ModelConfig, load_config
 from rwft.data.rows import Rows
 from rwft.errors import ConfigError, DataError
-from rwft.policy import Policy
+from rwft.ope import OffPolicy, off_policy, off_policy_figures
+from rwft.policy import Policy, check_adapter
+from rwft.run import stored_settings
+from rwft.trust import stored_config
 from rwft.verifiers import Verifier, build_verifier
 
 Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution
 RESAMPLES = 2000
+UNREAD = {"objective": "sft", "regularize": [], "compare": {}}  # of a run's settings: its files are not loaded
 COLUMNS = ("prompt", "answer", "file", "row", "reward", "group")
 
 
@@ -64,6 +68,7 @@ class Evaluation:
     held_out: dict[str, float]
     behavior: float | None = None
     sampled: Sampled | None = None
+    off_policy: OffPolicy | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
@@ -93,6 +98,7 @@ def evaluate(config: Config, console: Any = None, adapter: Path | None = None) -
         if adapter is not None:
             policy = _with_adapter(policy, adapter, config.model.dtype)
         held_out = _likelihood(policy, tokenizer, data, accelerator)
+        logged = off_policy(policy, tokenizer, config, accelerator, display) if config.evaluate.off_policy else None
         sampled, seed = None, config.train.seed
         if verifier is not None:
             tick = display.ticker("sampling")
@@ -100,12 +106,13 @@ def evaluate(config: Config, console: Any = None, adapter: Path | None = None) -
     name = adapter or config.model.path or "random weights"
     reward = data.held_out.reward
     behavior = None if np.isnan(reward).any() else float(reward.mean())
-    return Evaluation(str(name), len(data.held_out), held_out, behavior, sampled)
+    return Evaluation(str(name), len(data.held_out), held_out, behavior, sampled, logged)
 
 
 def _with_adapter(policy: Policy, folder: Path, dtype: str) -> Policy:
     from peft import PeftModel
 
+    check_adapter(folder)
     return Policy(PeftModel.from_pretrained(policy.model, str(folder)), dtype).to(policy.device)
 
 
@@ -338,7 +345,7 @@ def evaluation_config(run: str, overrides: Sequence[str] = ()) -> tuple[Config, 
         raise ConfigError(
             f"evaluate: {path} has no exported model, so the run is not finished; `rwft train` goes on with it"
         )
-    config = load_config(path / "config.yaml", overrides)
+    config = stored_config({**stored_settings(path / "config.yaml"), **UNREAD}, overrides, str(path / "config.yaml"))
     model, adapter = exported(config, path / "model")
     return replace(config, model=model), adapter, path
 
@@ -354,6 +361,8 @@ def _figures(result: Evaluation) -> list[tuple[str, Any]]:
     out: list[tuple[str, Any]] = list(result.held_out.items())
     if result.behavior is not None:
         out.append(("reward that the rows were logged with", result.behavior))
+    if result.off_policy is not None:
+        out += off_policy_figures(result.off_policy)
     if result.sampled is not None:
         s = result.sampled
         out.append((f"{s.verifier}, {s.prompts} prompts x {s.samples}", f"{s.mean:.4g}  [{s.low:.4g}, {s.high:.4g}]"))

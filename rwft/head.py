@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rwft.errors import ObjectiveError, PolicyError, RwftError
+from rwft.errors import ObjectiveError, PolicyError
+from rwft.head_gradients import Dense, GivenGradients, Gradients
+from rwft.head_sampled import Draws, Sampled
 from rwft.head_tiled import token_logprobs
 from rwft.regularizers import Penalty, differentiate
 from rwft.softmax import (
     Projection,
     Vocabulary,
-    accumulate_,
-    accumulate_rows_,
     blocks,
     check_shapes,
     check_signals,
@@ -36,7 +34,7 @@ from rwft.softmax import (
     within,
 )
 
-__all__ = ["HeadResult", "Vocabulary", "distribution_signals", "token_logprobs", "weighted_loss"]
+__all__ = ["Draws", "HeadResult", "Vocabulary", "distribution_signals", "token_logprobs", "weighted_loss"]
 
 MIN_BUDGET, MAX_BUDGET = 64 << 20, 256 << 20  # bytes of a chunk of logits; in between, a quarter of the gradients
 Weigh = Callable[[dict[str, Tensor], slice], Tensor]
@@ -65,6 +63,7 @@ def weighted_loss(
     penalties: Sequence[Penalty] = (),
     penalty_scale: Tensor | None = None,
     reference: Reference | None = None,
+    sampled: Draws | None = None,
     budget: int | None = None,
 ) -> HeadResult:
     """`(n h), (v h), (n) -> ()`: `-(c * logp).sum() + sum_k coef_k * (penalty_scale * penalty_k).sum()`.
@@ -74,7 +73,8 @@ def weighted_loss(
     alone), with `{"logp": (k), ...}` of those positions in float32 or better; it returns `c`, `(k)`.
     `signals` asks for more than `logp` (see `rwft.softmax.SIGNALS`). `penalty_scale` is `(n)`;
     `reference` is the reference policy's hidden states `(n h')` and projection, for penalties that
-    read it. `budget` is the workspace in bytes. Where gradients are disabled, none are made.
+    read it. `sampled` estimates the gradients from draws of the vocabulary (see `rwft.head_sampled`);
+    penalties need them exact. `budget` is the workspace in bytes. Where gradients are disabled, none are made.
 
     A group that fits the workspace, or any group if the projection is frozen, takes one pass; else,
     and with penalties, log-probabilities come first and gradients second. Raises PolicyError for
@@ -82,20 +82,22 @@ def weighted_loss(
     """
     check_shapes(hidden, vocabulary, targets)
     check_signals(signals)
+    if sampled is not None and penalties:
+        raise ObjectiveError(f"head: sampled gradients know no penalties, but '{penalties[0].name}' is given; drop one")
     most = chunk_rows(hidden, vocabulary, reference, budget)
     groups = cut(segments, hidden.shape[0], most)
     policy = Projection.of(hidden, vocabulary, most)
     regularised = _Regularised.begin(penalties, penalty_scale, reference, policy, most) if penalties else None
     once = len(groups) <= 1 and hidden.shape[0] <= most
-    gradients = _Gradients.like(hidden, vocabulary, policy.vocabulary.weight.dtype if once else policy.exact)
+    gradients = Gradients.like(hidden, vocabulary, policy.exact, once)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(policy, targets, signals, most, gradients, regularised)
+        head = _Head(policy, targets, signals, most, gradients, regularised, sampled)
         measured = merge([head.descend(rows, weigh) for rows in groups] or [head.nothing("coefficients")])
         coefficients = measured.pop("coefficients")
         value = -(coefficients * measured["logp"]).sum()
         if regularised is not None:
             value += regularised.loss()
-    loss = _GivenGradients.apply(value, gradients, hidden, vocabulary.weight, vocabulary.bias)
+    loss = GivenGradients.apply(value, gradients, hidden, vocabulary.weight, vocabulary.bias)
     means = {} if regularised is None else regularised.means()
     return HeadResult(loss, measured["logp"], measured, coefficients, means)
 
@@ -113,7 +115,7 @@ def distribution_signals(
     most = chunk_rows(hidden, vocabulary, None, budget)
     policy = Projection.of(hidden, vocabulary, most)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(policy, targets, names, most, _Gradients(None, None, None), None)
+        head = _Head(policy, targets, names, most, Gradients())
         measured = merge([head.measure(rows) for rows in equal_slices(0, hidden.shape[0], most)] or [head.nothing()])
     return {name: measured[name] for name in names}
 
@@ -150,31 +152,6 @@ def _pack(lengths: Sequence[int], most: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    """Where the gradients of hidden states, weight and bias gather; None where nobody asks."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def like(cls, hidden: Tensor, vocabulary: Vocabulary, summed: torch.dtype) -> _Gradients:
-        """Zeros for what requires a gradient, if gradients are enabled; weight and bias in precision `summed`."""
-
-        def zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            if like is None or not like.requires_grad or not torch.is_grad_enabled():
-                return None
-            return torch.zeros_like(like, dtype=dtype)
-
-        return cls(zeros(hidden, hidden.dtype), zeros(vocabulary.weight, summed), zeros(vocabulary.bias, summed))
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the projection gets no gradient."""
-        return self.weight is None and self.bias is None
-
-
-@dataclass(frozen=True)
 class _Head:
     """One policy's hidden states on their way to measured signals, coefficients and gradients."""
 
@@ -182,22 +159,27 @@ class _Head:
     targets: Tensor
     names: Sequence[str]
     most: int
-    gradients: _Gradients
-    regularised: _Regularised | None
+    gradients: Gradients
+    regularised: _Regularised | None = None
+    draws: Draws | None = None
 
     def descend(self, rows: slice, weigh: Weigh) -> dict[str, Tensor]:
         """Signals and coefficients, `(k)` each, of one group; its gradients go where they gather."""
         parts = list(equal_slices(rows.start, rows.stop, self.most))
         if self.regularised is None and (len(parts) == 1 or self.gradients.frozen):
-            measured = merge([self.unit(part) for part in parts])
+            found = [self.unit(part, self.names) for part in parts]
+            measured = merge([signals for signals, _ in found])
             c = self.coefficients(weigh, measured, rows)
-            self.scale(rows, c)
-        else:
-            measured = merge([self.measure(part) for part in parts])
-            c = self.coefficients(weigh, measured, rows)
-            for part in parts:
-                at_hand = self.policy.buffer[: part.stop - part.start] if len(parts) == 1 else None
-                self.learn(part, c[part.start - rows.start : part.stop - rows.start], at_hand)
+            self.scale(rows, c, found[-1][1])
+            return measured | {"coefficients": c}
+        measured = merge([self.measure(part) for part in parts])
+        c = self.coefficients(weigh, measured, rows)
+        for part in parts:
+            here = c[part.start - rows.start : part.stop - rows.start]
+            if self.regularised is not None:
+                self.learn(part, here, self.regularised, at_hand=len(parts) == 1)
+            else:
+                self.scale(part, here, self.unit(part, ())[1])
         return measured | {"coefficients": c}
 
     def coefficients(self, weigh: Weigh, measured: dict[str, Tensor], rows: slice) -> Tensor:
@@ -220,52 +202,51 @@ class _Head:
             found.append(measure_(z, self.targets[within(part, block)], self.names))
         return merge(found)
 
-    def unit(self, part: slice) -> dict[str, Tensor]:
-        """Signals `(k)` of one chunk; the gradients by products and hidden states are left for coefficients of one."""
+    def unit(self, part: slice, names: Sequence[str]) -> tuple[dict[str, Tensor], Dense | Sampled]:
+        """Signals `(k)` of one chunk; gradients by products and hidden states, left for coefficients of one."""
         products = self.policy.products(part)
+        by_products = Dense(products) if self.draws is None else Sampled(self.draws)
         found = []
         for block in blocks(products):
             z = products[block].to(self.policy.exact)
             slope = finish_(z, self.policy.vocabulary)
             targets = self.targets[within(part, block)]
-            found.append(measure_(z, targets, self.names))
-            store_(products, block, subtract_target_(z, targets), slope)
+            found.append(measure_(z, targets, names))
+            by_products.take(block, z, targets, slope)
         if self.gradients.hidden is not None:
-            self.gradients.hidden[part] = products @ self.policy.vocabulary.weight
-        return merge(found)
+            self.gradients.hidden[part] = by_products.by_hidden(self.policy.vocabulary.weight)
+        return merge(found), by_products
 
-    def scale(self, rows: slice, c: Tensor) -> None:
-        """Coefficients for what `unit` left: the gradient is linear in them."""
+    def scale(self, rows: slice, c: Tensor, by_products: Dense | Sampled) -> None:
+        """Coefficients for what `unit` left: the gradient is linear in them. `by_products` is unused if frozen."""
         factor = c * self.policy.vocabulary.scale
         if self.gradients.hidden is not None:
             self.gradients.hidden[rows] *= factor[:, None]
-        if not self.gradients.frozen:
-            self.project(self.policy.buffer[: rows.stop - rows.start], rows, factor)
+        self.project(rows, factor, by_products)
 
-    def project(self, products: Tensor, rows: slice, factor: Tensor) -> None:
-        """`(k v), (k)`: adds the gradients of weight and bias, given those by products."""
+    def project(self, rows: slice, factor: Tensor, by_products: Dense | Sampled) -> None:
+        """`(k)`: adds the gradients of weight and bias, given those by products."""
         if self.gradients.weight is not None:
             x = self.policy.x[rows]
-            accumulate_(self.gradients.weight, products, (x * factor[:, None]).to(x.dtype))
+            by_products.add_by_weight(self.gradients.weight, (x * factor[:, None]).to(x.dtype))
         if self.gradients.bias is not None:
-            accumulate_rows_(self.gradients.bias, products, factor)
+            by_products.add_by_bias(self.gradients.bias, factor)
 
-    def learn(self, part: slice, c: Tensor, products: Tensor | None) -> None:
-        """All gradients of one chunk, its coefficients and penalties known; `products` if they are at hand."""
-        products = self.policy.products(part) if products is None else products
-        if self.regularised is not None:
-            self.regularised.load(part)
+    def learn(self, part: slice, c: Tensor, regularised: _Regularised, at_hand: bool) -> None:
+        """All gradients of one chunk with penalties; `at_hand`: its products are in the buffer."""
+        products = self.policy.buffer[: part.stop - part.start] if at_hand else self.policy.products(part)
+        regularised.load(part)
         for block in blocks(products):
             rows, z = within(part, block), products[block].to(self.policy.exact)
             slope = finish_(z, self.policy.vocabulary)
-            extra = None if self.regularised is None else self.regularised.gradient(z, self.targets[rows], rows, block)
+            extra = regularised.gradient(z, self.targets[rows], rows, block)
             torch.softmax(z, dim=-1, out=z)
-            subtract_target_(z, self.targets[rows]).mul_(c[block, None])
-            store_(products, block, z if extra is None else z.add_(extra), slope)
-        factor = torch.full_like(c, self.policy.vocabulary.scale)
+            subtract_target_(z, self.targets[rows]).mul_(c[block, None]).add_(extra)
+            store_(products, block, z, slope)
+        scale = self.policy.vocabulary.scale
         if self.gradients.hidden is not None:
-            self.gradients.hidden[part] = (products @ self.policy.vocabulary.weight) * self.policy.vocabulary.scale
-        self.project(products, part, factor)
+            self.gradients.hidden[part] = (products @ self.policy.vocabulary.weight) * scale
+        self.project(part, torch.full_like(c, scale), Dense(products))
 
 
 @dataclass(frozen=True)
@@ -327,24 +308,3 @@ class _Regularised:
 
     def means(self) -> dict[str, Tensor]:
         return {name: value.sum() / max(1, value.shape[0]) for name, value in self.values.items()}
-
-
-class _GivenGradients(torch.autograd.Function):
-    """A loss whose gradients are known: backward multiplies them by the upstream scalar and hands them over."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, gradients: _Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        ctx.gradients = [gradients.hidden, gradients.weight, gradients.bias]
-        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.gradients is None:
-            raise RwftError("head: backward ran twice through one loss; its gradients were handed over the first time")
-        handed, ctx.gradients = ctx.gradients, None
-        pairs = zip(handed, ctx.dtypes, strict=True)
-        return None, None, *(None if g is None else g.mul_(upstream[0]).to(dtype) for g, dtype in pairs)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -16,6 +15,7 @@ from rwft.config import Config, load_config, resolve
 from rwft.data.adapters import read_examples
 from rwft.data.prepare import Prepared, prepare
 from rwft.progress import Display
+from rwft.temperature import data_weights, effective_sample_size, fit_temperatures, fitted_sentences, sweeps
 from rwft.weighting import Objective, build_objective
 
 BARS = " ▏▎▍▌▋▊▉█"
@@ -70,7 +70,10 @@ def inspect_config(config: Config, display: Display) -> None:
     _distribution(display, "trained tokens in a row", data.train.trained.astype(np.float64), len(data.train))
     _distribution(display, "tokens in a row", data.train.length.astype(np.float64) + 1, len(data.train))
     _group_sizes(display, np.unique(data.train.group, return_counts=True)[1])
-    show_weights(objective, data, display)
+    fitted = fit_temperatures(objective, data)
+    display.say(*fitted_sentences(objective, fitted))
+    show_weights(fitted, data, display)
+    show_temperatures(fitted, data, display)
 
 
 def show_weights(objective: Objective, data: Prepared, display: Display) -> None:
@@ -96,21 +99,15 @@ def show_weights(objective: Objective, data: Prepared, display: Display) -> None
         display.table("rows that carry most of it", ["row", "weight", "tokens", "share"], rows)
 
 
-def effective_sample_size(weights: NDArray[np.float64]) -> float:
-    """(sum w)^2 / sum w^2: how many equally weighted rows would give as noisy an average."""
-    square = float(np.square(weights).sum())
-    return float(weights.sum()) ** 2 / square if square > 0 else 0.0
-
-
-def data_weights(objective: Objective, data: Prepared) -> NDArray[np.float64] | None:
-    """`(n)`: the weight of each training row, or None if it depends on more than the row's rewards."""
-    known = data.known(data.train)
-    if not objective.reads <= known.keys() or (data.credit is not None and data.credit.config.steps != "none"):
-        return None
-    signals = {
-        name: torch.as_tensor(value)[:, None] if value.ndim else torch.as_tensor(value) for name, value in known.items()
-    }
-    return objective(signals).double().expand(len(data.train), 1).squeeze(1).numpy()
+def show_temperatures(objective: Objective, data: Prepared, display: Display) -> None:
+    """How many rows would be effective at other temperatures, for each factor whose weights the rows alone decide."""
+    for factor, pairs, half in sweeps(objective, data):
+        rows = [(temperature, f"{share:.1%}") for temperature, share in pairs]
+        display.table(f"rows that {factor.entry.name} keeps effective", ["temperature", "share"], rows)
+        if half is None:
+            display.say(f"no temperature of {factor.entry.name} keeps just half of the rows effective")
+        else:
+            display.say(f"temperature {half:g} keeps half of the rows effective; `temperature: {{ess: 0.5}}` sets it")
 
 
 def _distribution(display: Display, what: str, values: NDArray[np.float64], rows: int) -> None:

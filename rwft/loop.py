@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from rwft.config import Config
 from rwft.errors import Interrupted
 from rwft.held_out import held_out_likelihood
+from rwft.manifest import EVERY, Manifest, open_manifest
 from rwft.metrics import Meter, MetricsLog
 from rwft.policy import export
 from rwft.progress import Display
@@ -20,12 +23,16 @@ from rwft.run import RunFolder, RunResult, open_run, replace_folder, start_run, 
 from rwft.setup import Training, prepare_training, start_accelerator
 from rwft.step import optimiser_step
 
+TWICE = 1.0  # seconds in which a terminal and a launcher may deliver the same signal again
+LONG_SAVE, GRACE = 20, 30  # seconds: a save that is warned about; what torchrun waits before it kills
+
 
 class StopFlag:
-    """SIGTERM and SIGINT ask the loop to finish its step; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask the loop to finish its step; a second one, a second later, ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.since = 0.0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
@@ -37,10 +44,11 @@ class StopFlag:
         return self
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > TWICE:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():
@@ -52,10 +60,9 @@ def run_steps(training: Training, start: int, on_step: Callable[[int, Meter], No
     meter = Meter(training.accelerator.device)
     with StopFlag() as flag:
         for step in range(start, training.steps):
-            stop = training.any_rank(flag.received is not None)
             training.snapshot(step)
             optimiser_step(training, step, meter)
-            done = step + 1
+            done, stop = step + 1, training.any_rank(flag.received is not None)
             on_step(done, meter)
             if stop and done < training.steps:
                 return done, flag.received or signal.SIGTERM
@@ -80,13 +87,17 @@ class Journal:
     training: Training
     folder: RunFolder
     log: MetricsLog
+    manifest: Manifest
     update: Callable[[int, Mapping[str, float]], None]
     started: float
     last: dict[str, float] = field(default_factory=dict)
     saved: int = -1
+    warned: bool = False
 
     def __call__(self, done: int, meter: Meter) -> None:
         config, final = self.training.config.train, done == self.training.steps
+        if done == 1 or done % EVERY == 0 or final:
+            self.keep_loss(done, meter)
         if done % config.log_every == 0 or final:
             self.write(done, meter)
         if config.eval_every and done % config.eval_every == 0 and not final:
@@ -97,13 +108,22 @@ class Journal:
 
     def write(self, done: int, meter: Meter) -> None:
         """Reduce the meter over ranks and record it."""
-        metrics = meter.read(self.training.accelerator.reduce, self.training.accelerator.gather)
-        metrics |= {"lr": meter.rate, "grad_norm": meter.norm}
+        metrics: dict[str, float] = {}
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
-        metrics["tokens_per_second"] = metrics["tokens/sum"] / max(elapsed, 1e-9)
+        if meter.steps:  # not all of them were skipped
+            metrics = meter.read(self.training.accelerator.reduce, self.training.accelerator.gather)
+            metrics |= {"lr": meter.rate, "grad_norm": meter.norm}
+            metrics["tokens_per_second"] = metrics["tokens/sum"] / max(elapsed, 1e-9)
+        if self.training.config.train.on_nonfinite == "skip":
+            metrics["skipped/sum"] = float(self.training.skipped.total)
         meter.reset()
         self.last = metrics
         self.record(done, metrics)
+
+    def keep_loss(self, done: int, meter: Meter) -> None:
+        """The step's loss over all ranks, bit by bit, into the manifest."""
+        mine = torch.tensor(meter.loss, dtype=torch.float64, device=self.training.accelerator.device)
+        self.manifest.loss(done, float(self.training.accelerator.reduce(mine, "sum")))
 
     def evaluate(self, done: int) -> dict[str, float]:
         """Held-out figures, recorded under `eval/`."""
@@ -120,10 +140,17 @@ class Journal:
 
     def save(self, done: int, state: str) -> None:
         """A checkpoint, unless this step has one already."""
+        started = time.perf_counter()
         if done != self.saved:
             self.training.save(done)
             self.saved = done
-        self.folder.status(state, done)
+        self.folder.status(state, done, f"checkpoints/{self.folder.checkpoint(done).name}")
+        seconds = time.perf_counter() - started
+        if seconds > LONG_SAVE and not self.warned:
+            self.warned = True
+            self.training.display.say(
+                f"warning: saving took {seconds:.0f} s; torchrun kills a run {GRACE} s after asking it to stop"
+            )
 
 
 def train(config: Config, *, fresh: bool = False, console: Any = None) -> RunResult:
@@ -150,29 +177,46 @@ def train(config: Config, *, fresh: bool = False, console: Any = None) -> RunRes
             start = training.resume()
             if start:
                 display.say(f"{folder.path}: going on at step {start} of {training.steps}")
-            return finish(training, folder, *run(training, folder, start))
+            with failures_noted(folder):
+                return finish(training, folder, *run(training, folder, start))
+
+
+@contextmanager
+def failures_noted(folder: RunFolder) -> Iterator[None]:
+    """status.json says so when a run ends by an error."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        folder.fail(error)
+        raise
 
 
 def run(training: Training, folder: RunFolder, start: int) -> tuple[int, int | None, Journal]:
     """The steps, with their journal."""
     what = f"{training.objective}"
     update = training.display.steps(what, training.steps, start)
-    journal = Journal(training, folder, MetricsLog(folder.metrics, start), update, time.perf_counter(), saved=start)
+    log = MetricsLog(folder.metrics, start, folder.main)
+    saved = start if folder.checkpoint(start).is_dir() else -1
+    journal = Journal(training, folder, log, open_manifest(training, start), update, time.perf_counter(), saved=saved)
     training.accelerator.init_trackers("rwft", config=trackable(training.config))
     if training.data.credit is not None:
         folder.write_text("credit.json", training.data.credit.to_json())
-    folder.status("running", start)
+    folder.status("running", start, f"checkpoints/{folder.checkpoint(start).name}" if saved == start else None)
     return *run_steps(training, start, journal), journal
 
 
 def finish(training: Training, folder: RunFolder, done: int, stopped: int | None, journal: Journal) -> RunResult:
     """Save, and either say how to go on (after a signal) or evaluate, export and sum up."""
     journal.save(done, "stopped" if stopped else "running")
+    training.accelerator.wait_for_everyone()  # a rank that ends makes the launcher end the others: all is written first
     if stopped:
         training.close_trackers()
         raise Interrupted(
             f"{folder.path}: stopped at step {done} of {training.steps}; the same command goes on there", stopped
         )
+    journal.manifest.finish(done)
     held_out = journal.evaluate(done)
     lora = training.config.model.lora
     main, partial = training.accelerator.is_main_process, folder.path / ".model.tmp"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwft.durable import write_atomic
+
 SUMS = (
     "tokens",
     "sequences",
@@ -41,7 +43,7 @@ class Meter:
         self.largest = torch.full((), -math.inf, dtype=torch.float64, device=self.device)
         self.smallest = torch.full((), math.inf, dtype=torch.float64, device=self.device)
         self.penalties: dict[str, Tensor] = {}
-        self.steps, self.rate, self.norm = 0, 0.0, 0.0
+        self.steps, self.rate, self.norm, self.loss = 0, 0.0, 0.0, math.nan  # of the last step; loss: this rank's part
 
     def add(self, sums: Mapping[str, Tensor], weights: Tensor | None = None) -> None:
         """Add sums by name; `weights (n)` of trained tokens for the extremes."""
@@ -89,12 +91,12 @@ class Meter:
 class MetricsLog:
     """One JSON object a line, appended; a resumed run drops the lines past the step that it resumes at."""
 
-    def __init__(self, path: Path, resume_at: int) -> None:
+    def __init__(self, path: Path, resume_at: int, main: bool) -> None:
         self.path = path
-        if path.is_file():
+        if main and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= resume_at]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_atomic(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""

@@ -24,6 +24,8 @@ from rwft.sharding import whole
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 KERNEL_KEYS = ("attn_implementation", "experts_implementation", "attn_implementation_internal")
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+ADAPTER_CODE_KEYS = ("auto_mapping", "megatron_config")
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
 class Policy(nn.Module):
@@ -67,19 +69,9 @@ class Policy(nn.Module):
         of each prompt, and gives the same states.
         """
         if shared is not None:
-            return self._hidden_shared(shared)
+            return shared.hidden(self.causal.base_model)
         states = self.causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         return rearrange(states, "b t h -> (b t) h")[_flat(mask)]
-
-    def _hidden_shared(self, shared: Shared) -> Tensor:
-        sees = shared.sees()
-        if self.causal.config._attn_implementation == "eager":  # adds its mask: a boolean would count as 0 and 1
-            kind = next(self.model.parameters()).dtype
-            sees = torch.zeros_like(sees, dtype=kind).masked_fill_(~sees, torch.finfo(kind).min)
-        states = self.causal.base_model(
-            input_ids=shared.ids, position_ids=shared.positions, attention_mask=sees, use_cache=False
-        ).last_hidden_state
-        return rearrange(states, "s t h -> (s t) h")[shared.trained]
 
     def forward(
         self,
@@ -198,7 +190,7 @@ def _load_causal(
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=False,
         )
-    _check_folder(path)
+    _check_model(path, revision)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -222,7 +214,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
         return character_tokenizer()
     assert name is not None
-    _check_folder(name)
+    _check_model(name, config.revision)
     try:
         return AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -230,22 +222,55 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise PolicyError(f"{key} '{name}': no tokenizer can be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
-def _check_folder(path: str) -> None:
-    """A local folder must hold a model, and its config must not name code or kernels to fetch."""
+def _check_model(path: str, revision: str | None) -> None:
+    """Refuse what names code or kernels to fetch, before transformers reads it."""
     folder = Path(path).expanduser()
-    if not folder.exists():
-        if path.count("/") > 1 or path.startswith((".", "/", "~")):
-            raise PolicyError(f"model '{path}': no such folder")
-        return
-    file = folder / "config.json"
-    if not file.is_file():
+    if folder.exists():
+        _check_folder(path, folder)
+    elif path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise PolicyError(f"model '{path}': no such folder")
+    else:
+        from transformers import PretrainedConfig
+
+        try:
+            config, _ = PretrainedConfig.get_config_dict(path, revision=revision)
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"model '{path}': cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        refuse_code(config, f"model '{path}'")
+
+
+def _check_folder(path: str, folder: Path) -> None:
+    """A local folder must hold a model."""
+    if (folder / "adapter_config.json").exists():  # transformers would load whatever model that file names
+        raise PolicyError(f"model '{path}': holds a LoRA adapter; give its base model, or export with model.lora.merge")
+    if not (folder / "config.json").is_file():
         raise PolicyError(f"model '{path}': the folder has no config.json; expected a Hugging Face model folder")
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            refuse_code(_read_json(folder / name), str(folder / name))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        refuse_code(json.loads(file.read_text(encoding="utf-8")), str(file))
-    except ValueError as error:
-        if isinstance(error, PolicyError):
-            raise
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise PolicyError(f"{file}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise PolicyError(f"{file}: found a {type(content).__name__}, expected an object")
+    return content
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse a LoRA adapter with settings under which PEFT imports modules, or whose weights are no safetensors."""
+    file = folder / "adapter_config.json"
+    settings = _read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise PolicyError(f"{file}: peft_type: found {settings.get('peft_type')!r}, expected 'LORA'")
+    for key in ADAPTER_CODE_KEYS:
+        if settings.get(key):
+            raise PolicyError(f"{file}: '{key}' makes PEFT import modules that it names; such adapters are not loaded")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise PolicyError(f"{folder}: has no adapter_model.safetensors; weights in other formats are not loaded")
 
 
 def refuse_code(config: Mapping[str, Any], where: str) -> None:

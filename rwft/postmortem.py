@@ -52,9 +52,7 @@ def discard(training: Training, step: int, norm: float, loss: float, results: li
     training.display.say(f"{sentence}; skipped ({training.skipped.total} so far)")
 
 
-def post_mortem(
-    training: Training, step: int, norm: float, loss: float, results: list[MicroResult]
-) -> dict[str, Any]:
+def post_mortem(training: Training, step: int, norm: float, loss: float, results: list[MicroResult]) -> dict[str, Any]:
     """Every row of the step, over all ranks, those that are not finite first. Collective."""
     from accelerate.utils import gather_object
 
@@ -81,7 +79,7 @@ def _rows(training: Training, result: MicroResult) -> Iterator[dict[str, Any]]:
         reward = float(training.data.train.reward[int(index)])
         yield {
             "row": int(index),
-            "source": training.data.train.source(int(index)),
+            "source": str(training.data.train.source(int(index))),
             "tokens": len(logp),
             "reward": None if math.isnan(reward) else reward,
             "weight_min": number(weights.min()),

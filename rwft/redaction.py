@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator
 
 USERINFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16})")
+TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16})"
+)
 SECRET_NAME = re.compile(r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
 SHORTEST = 8  # characters; a shorter value of the environment could be any word
 STRUCK = "***"

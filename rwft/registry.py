@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from rwft.bounds import Bound
 from rwft.errors import ObjectiveError, did_you_mean
@@ -40,6 +40,7 @@ class Setting:
     bound: Bound | None = None
     choices: tuple[Any, ...] = ()
     optional: bool = False
+    fitted: bool = False  # may be {ess: share}, to be fitted over the training rows
 
     @property
     def required(self) -> bool:
@@ -56,6 +57,8 @@ class Setting:
         """`given` as this setting's type, or an error that says what was expected."""
         if given is None and self.optional:
             return None
+        if self.fitted and isinstance(given, Mapping):
+            return self._check_share(cast("Mapping[Any, Any]", given), owner)
         value: Any = given
         if self.choices:
             good = value in self.choices
@@ -68,8 +71,20 @@ class Setting:
         if good and not self.choices and self.type is float:
             value = float(value)
         if not good or (self.bound is not None and value not in self.bound):
-            raise ObjectiveError(f"{owner}: {self.name}: found {value!r}, expected {self.describe()}")
+            hint = " (ess: only for the temperature of weights that follow from the rows' rewards alone)"
+            raise ObjectiveError(
+                f"{owner}: {self.name}: found {value!r}, expected {self.describe()}"
+                + (hint if isinstance(value, Mapping) and "ess" in value else "")
+            )
         return value
+
+    def _check_share(self, given: Mapping[Any, Any], owner: str) -> dict[str, float]:
+        share = given.get("ess")
+        good = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share < 1
+        if not good or set(given) != {"ess"}:
+            expected = f"{self.describe()} or {{ess: <share in (0, 1)>}}"
+            raise ObjectiveError(f"{owner}: {self.name}: found {dict(given)!r}, expected {expected}")
+        return {"ess": float(cast("float", share))}
 
 
 @dataclass(frozen=True)
@@ -202,7 +217,8 @@ def parse(function: Function, kind: str, vocabulary: Mapping[str, Any], origin: 
         elif parameter.name not in vocabulary:
             raise ObjectiveError(
                 f"{where}: it reads '{parameter.name}', which nothing provides; "
-                f"{did_you_mean(parameter.name, vocabulary)} (a hyperparameter goes after '*,' with a type and a default)"
+                f"{did_you_mean(parameter.name, vocabulary)} "
+                "(a hyperparameter goes after '*,' with a type and a default)"
             )
         else:
             reads.append(parameter.name)

@@ -34,40 +34,53 @@ regularizer = Registry("regularizer", INPUTS, builtin="rwft.regularizers", group
 
 @regularizer
 def forward_kl(logp_all: Tensor, ref_logp_all: Tensor) -> Tensor:
-    r"""`(n v), (n v) -> (n)`: $\mathrm{KL}(\pi_{ref} \| \pi) = \sum_v \pi_{ref}(v) \log \frac{\pi_{ref}(v)}{\pi(v)}$.
+    r"""Forward KL to the reference, `(n v), (n v) -> (n)`: $\sum_v \pi_{ref}(v) \log (\pi_{ref}(v) / \pi(v))$.
 
-    In nats. Mode-covering: the policy must keep mass wherever the reference has some. Its gradient by the
-    logits is $\pi - \pi_{ref}$. With the objective `dft` and `coef: 0.05` this is ASFT.
-    Reference: ASFT, arXiv 2509.23753.
+    Why: $\mathrm{KL}(\pi_{ref} \| \pi)$ in nats, mode-covering: the policy must keep mass wherever the reference has
+    some. Its gradient by the logits is $\pi - \pi_{ref}$.
+    Limits: zero, with its gradient, at the reference; without an objective it is distillation from the reference.
+    Reference: ASFT, arXiv 2509.23753: objective dft with coef 0.05.
+    Warning: 0.05 is the paper's coefficient, 0.1 that of its code and of LLaMA-Factory. Both divide by the tokens of a
+    micro-batch; here the penalty has the normaliser of the loss.
     """
     return (ref_logp_all.exp() * (ref_logp_all - logp_all)).sum(dim=-1)
 
 
 @regularizer
 def reverse_kl(logp_all: Tensor, ref_logp_all: Tensor) -> Tensor:
-    r"""`(n v), (n v) -> (n)`: $\mathrm{KL}(\pi \| \pi_{ref}) = \sum_v \pi(v) \log \frac{\pi(v)}{\pi_{ref}(v)}$.
+    r"""Reverse KL to the reference, `(n v), (n v) -> (n)`: $\sum_v \pi(v) \log (\pi(v) / \pi_{ref}(v))$.
 
-    In nats. Mode-seeking, and the KL of reinforcement learning: the policy must not put mass where the
-    reference has none. Exact at every position, where samples would only estimate it.
+    Why: $\mathrm{KL}(\pi \| \pi_{ref})$ in nats, mode-seeking, the KL of reinforcement learning: the policy must put no
+    mass where the reference has none. Exact at every position, where samples would only estimate it.
+    Limits: zero, with its gradient, at the reference.
+    Reference: Quark, arXiv 2205.13636: objective sft on data with a reward token, coef 0.05, with entropy at 0.06.
+    Warning: PPO and GRPO penalise the KL at their own samples; this one is taken at the data's prefixes.
     """
     return (logp_all.exp() * (logp_all - ref_logp_all)).sum(dim=-1)
 
 
 @regularizer
 def entropy(logp_all: Tensor) -> Tensor:
-    r"""`(n v) -> (n)`: $-H(\pi) = \sum_v \pi(v) \log \pi(v)$, in nats: a positive `coef` raises the entropy."""
+    r"""Negative entropy, `(n v) -> (n)`: $-H(\pi) = \sum_v \pi(v) \log \pi(v)$.
+
+    Why: in nats; a positive `coef` raises the entropy, against the collapse that positive-only weights end in.
+    Limits: smallest, $-\ln V$, for a uniform policy; 0 for a certain one.
+    Reference: the entropy bonus of policy gradients; Quark, arXiv 2205.13636, has it at 0.06.
+    """
     return (logp_all.exp() * logp_all).sum(dim=-1)
 
 
 @regularizer
 def gem(logits: Tensor, logp_all: Tensor, *, beta: Positive = 0.7) -> Tensor:
-    r"""`(n v), (n v) -> (n)`: $\sum_v \mathrm{sg}[q(v)] \log \pi(v)$ with $q = \mathrm{softmax}(z / \beta)$.
+    r"""GEM's correction of SFT, `(n v), (n v) -> (n)`: $\sum_v \mathrm{sg}[q(v)] \log \pi(v)$.
 
-    The correction that turns SFT into GEM: with the objective `sft` and `coef: 1` the gradient by the
-    logits is $q - e_y$, so that learning of a token stops when $q$, not $\pi$, has reached it, and with
-    `beta` < 1 mass is left on other tokens. `beta: 1` leaves SFT's gradient as it is.
-    Reference: GEM, arXiv 2408.16673, the linear form; the official code's default, `logsigmoid`,
-    multiplies each term by a sigmoid and is about half of SFT even at `beta: 1`.
+    Why: q is $\mathrm{softmax}(z / \beta)$, the policy sharpened. It turns sft into GEM: with `coef: 1` the gradient by
+    the logits is $q - e_y$, so that learning of a token stops when q, not $\pi$, has reached it, and with beta < 1
+    mass is left on other tokens.
+    Limits: beta = 1 leaves the gradient of sft as it is.
+    Reference: GEM, arXiv 2408.16673, the linear form: objective sft with coef 1 and beta 0.7.
+    Warning: the official code's default, `logsigmoid`, multiplies each term by a sigmoid and is about half of sft even
+    at beta 1; it is not here. With another coefficient than 1, or another objective than sft, it is not GEM.
     """
     q = (logits.detach() / beta).softmax(dim=-1)
     return (q * logp_all).sum(dim=-1)
@@ -75,10 +88,13 @@ def gem(logits: Tensor, logp_all: Tensor, *, beta: Positive = 0.7) -> Tensor:
 
 @regularizer
 def label_smoothing(logp_all: Tensor, targets: Tensor) -> Tensor:
-    r"""`(n v), (n) -> (n)`: $-\frac{1}{V} \sum_v \log \pi(v) + \log \pi(y)$: uniform cross-entropy minus the NLL.
+    r"""Label smoothing of SFT, `(n v), (n) -> (n)`: $\log \pi(y) - \frac{1}{V} \sum_v \log \pi(v)$.
 
-    With the objective `sft` and `coef: eps` the loss is that of label smoothing,
-    $(1 - \epsilon)(-\log \pi(y)) + \epsilon (-\frac{1}{V} \sum_v \log \pi(v))$.
+    Why: the cross-entropy of the uniform distribution less the NLL; with the objective sft and `coef: eps` the loss is
+    that of label smoothing, $-(1 - \epsilon) \log \pi(y) - \frac{\epsilon}{V} \sum_v \log \pi(v)$.
+    Limits: coef 0 is sft alone, coef 1 fits the uniform distribution.
+    Reference: the usual definition, as in torch's cross_entropy.
+    Warning: with another objective than sft the NLL that it takes away is not weighted as the objective's is.
     """
     return logp_all.gather(-1, targets[:, None])[:, 0] - logp_all.mean(dim=-1)
 

@@ -5,7 +5,9 @@ credit.json        the fitted credit statistics
 metrics.jsonl      one object a logged step
 checkpoints/       step_XXXXXXXX, newest last
 model/             the exported policy (adapter or merged model), written once at the end
-status.json        state, step, newest checkpoint
+manifest.json      what the run was: versions, data, model, machine, code, losses bit by bit
+nonfinite.json     the rows of the last step that was not finite, if there was one
+status.json        state (running, stopped, failed, done), step, newest checkpoint
 result.json        the final figures
 """
 
@@ -15,16 +17,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rwft.checkpoint import RunLock, write_atomic
 from rwft.config import Config, as_dict, read_yaml, resolve, to_yaml
-from rwft.errors import ConfigError, RwftError, UserError
+from rwft.durable import TMP, RunLock, remove, sync, write_atomic
+from rwft.errors import ConfigError, RwftError, SaveError, UserError
+from rwft.redaction import redact
 
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG, STATUS, LOCK = "config.yaml", "status.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / f"step_{step:08d}"
+
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a small JSON file atomically."""
         self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -70,14 +77,14 @@ class RunFolder:
         if self.main:
             write_atomic(self.path / name, content)
 
-    def status(self, state: str, step: int) -> None:
-        """Say how far the run is, for whoever watches or resumes it."""
-        self.write("status.json", {"state": state, "step": step})
+    def status(self, state: str, step: int, checkpoint: str | None = None) -> None:
+        """Say how far the run is (running, stopped, failed or done), for whoever watches or resumes it."""
+        self.write(STATUS, {"state": state, "step": step, "checkpoint": checkpoint})
 
     def finished(self) -> RunResult | None:
         """The result, if this run has come to its end."""
         try:
-            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
             if status["state"] != "done":
                 return None
             return RunResult(**json.loads((self.path / "result.json").read_text(encoding="utf-8")))
@@ -88,10 +95,18 @@ class RunFolder:
                 f"{self.path}: status.json or result.json is damaged ({error}); start over with --fresh"
             ) from None
 
+    def fail(self, error: BaseException) -> None:
+        """Say that the run ended by an error, beside how far it had come."""
+        reason = redact(" ".join(f"{type(error).__name__}: {error}".split()))
+        with suppress(SaveError):  # the disk may be what failed; the error itself is on its way
+            file = self.path / STATUS
+            status = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"step": 0, "checkpoint": None}
+            self.write(STATUS, {**status, "state": "failed", "error": reason})
+
     def finish(self, result: RunResult) -> None:
         """Record the result, then that the run is done."""
         self.write("result.json", asdict(result))
-        self.status("done", result.steps)
+        self.status("done", result.steps, f"checkpoints/{self.checkpoint(result.steps).name}")
 
 
 def open_run(config: Config, main: bool, fresh: bool) -> RunFolder:
@@ -125,6 +140,8 @@ def start_run(config: Config, folder: RunFolder, fresh: bool) -> Iterator[None]:
     with RunLock(folder.path):
         if not (folder.path / CONFIG).exists():
             write_atomic(folder.path / CONFIG, to_yaml(config))
+        for stale in folder.path.glob(f"{TMP}*"):  # of a small file that a run died writing
+            remove(stale)
         yield
 
 
@@ -136,7 +153,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _same_config(config: Config, file: Path) -> None:
-    old, new = flatten(as_dict(resolve(read_yaml(file), where=str(file)))), flatten(as_dict(config))
+    old, new = flatten(stored_settings(file)), flatten(as_dict(config))
     different = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key != "output"]
     if different:
         key = different[0]
@@ -145,6 +162,13 @@ def _same_config(config: Config, file: Path) -> None:
             f"output: {file.parent} holds a run with {key}: {old.get(key)!r}, this config says {new.get(key)!r}{more}; "
             "name another output, or give --fresh to set that run aside and start over"
         )
+
+
+def stored_settings(file: Path) -> dict[str, Any]:
+    """Every setting in the config.yaml of a run, as plain values; no code that it names is loaded."""
+    content = read_yaml(file)
+    named = content.get("objective", "sft")
+    return {**as_dict(resolve({**content, "objective": "sft"}, where=str(file))), "objective": named}
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -166,9 +190,12 @@ def trackable(config: Config) -> dict[str, Any]:
 
 def replace_folder(partial: Path, final: Path) -> None:
     """Put a finished folder in its place; a folder of that name from an earlier try goes."""
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
     if final.exists():
         shutil.rmtree(final)
     os.rename(partial, final)
+    sync(final.parent)
 
 
 def refuse_environment() -> None:

@@ -87,7 +87,7 @@ class FrozenConfig:
 class CreditConfig:
     """How rewards become advantages; fitted once over the training rows and saved with the run."""
 
-    baseline: str = "none"  # none | mean | group_mean | leave_one_out | length_weighted | <a number>
+    baseline: str = "none"  # none | mean | group_mean | leave_one_out | length_weighted | value (the row's) | <number>
     scale: str = "none"  # none | std | group_std
     shift: float = 0.0  # added to the advantage, after baseline and scale
     clip: float | None = None  # advantages are kept in [-clip, clip]
@@ -96,7 +96,7 @@ class CreditConfig:
     discount: float = 1.0  # per step, for reward_to_go
 
     def __post_init__(self) -> None:
-        baselines = ["none", "mean", "group_mean", "leave_one_out", "length_weighted"]
+        baselines = ["none", "mean", "group_mean", "leave_one_out", "length_weighted", "value"]
         if not re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", str(self.baseline)):
             _choice("data.credit.baseline", self.baseline, baselines)
         _choice("data.credit.scale", self.scale, ["none", "std", "group_std"])
@@ -122,9 +122,7 @@ class DataConfig:
     eos: str = "auto"  # auto: where the completion finished | never
     limit: int | None = None  # use the first N rows of each source
     order: str = "rows"  # what is shuffled: rows | groups (all completions of a prompt come in one step)
-    share_prompts: str = (
-        "auto"  # one copy of a prompt for its completions in a micro-batch: auto (if cheaper) | on | off
-    )
+    share_prompts: str = "auto"  # one copy of a prompt for its completions: auto (where cheaper) | always | never
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.task is None):
@@ -133,7 +131,7 @@ class DataConfig:
         _choice("data.overlong", self.overlong, ["drop", "raise", "truncate_prompt"])
         _choice("data.eos", self.eos, ["auto", "never"])
         _choice("data.order", self.order, ["rows", "groups"])
-        _choice("data.share_prompts", self.share_prompts, ["auto", "on", "off"])
+        _choice("data.share_prompts", self.share_prompts, ["auto", "always", "never"])
         _require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a number in [0, 1)")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "a whole number >= 2")
         _require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "a whole number >= 1")
@@ -154,6 +152,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # largest gradient norm; 0: no clipping
+    on_nonfinite: str = "abort"  # a step that is not finite: abort | skip (it stops at 3 in a row, 10 in all)
     seed: int = 0
     snapshot_every: int = 1  # steps between snapshots of the policy that old_logp refers to
     head: str = "auto"  # auto | two_pass: how the vocabulary projection is differentiated
@@ -178,6 +177,7 @@ class TrainConfig:
         _require(self.keep >= 2, "train.keep", self.keep, "a whole number >= 2, so that one survives a damaged newest")
         _choice("train.normalize", self.normalize, NORMALIZERS)
         _choice("train.schedule", self.schedule, ["cosine", "linear", "constant"])
+        _choice("train.on_nonfinite", self.on_nonfinite, ["abort", "skip"])
         _choice("train.head", self.head, ["auto", "two_pass"])
         _positive("train.lr", self.lr)
         _positive("train.clip", self.clip, zero=True)
@@ -197,6 +197,7 @@ class EvaluateConfig:
     temperature: float = 1.0  # 0: greedy
     max_new_tokens: int = 256
     batch_size: int = 64
+    off_policy: bool = False  # estimate the policy's reward from the held-out rows' own, by importance ratios
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from rwft.data.shared import Sharing, sharing
 from rwft.errors import ConfigError, did_you_mean
 from rwft.estimator import Counts
 from rwft.frozen import FrozenModels
-from rwft.policy import Policy, load_policy, load_tokenizer
+from rwft.policy import Policy, fingerprint, load_policy, load_tokenizer
+from rwft.postmortem import Skipped
 from rwft.progress import Display
 from rwft.regularizers import Penalty, build_regularizers
 from rwft.run import RunFolder, flatten, refuse_environment
 from rwft.sharding import spread, spread_optimizer, whole, whole_optimizer
 from rwft.signals import SIGNALS
+from rwft.temperature import fit_temperatures, fitted_sentences
 from rwft.weighting import Objective, build_objective
 
 KL_RATE = 0.1  # of the running mean of the policy's log-ratio to the reference
@@ -55,16 +57,19 @@ class Training:
     collate: Collate
     collate_held_out: Collate | None
     steps: int
+    folder: RunFolder
     store: CheckpointStore
     display: Display
     fingerprints: dict[str, str]
     old_logp: dict[int, NDArray[Any]] = field(default_factory=dict)
     kl_running: float = 0.0
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def head_signals(self) -> tuple[str, ...]:
-        """Signals that only the head can provide, besides logp."""
-        return tuple(n for n in sorted(self.objective.reads) if SIGNALS[n].source == "head" and n != "logp")
+        """Signals by position that only the head can provide, besides logp."""
+        known = {name for name, signal in SIGNALS.items() if signal.source == "head" and signal.axes and name != "logp"}
+        return tuple(sorted(self.objective.reads & known))
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's part of an optimiser step."""
@@ -141,6 +146,8 @@ class Training:
 
         tensors: dict[str, dict[str, Tensor]] = {}
         parameters = self.policy.trained_parameters()
+        if any(p.grad is not None for p in parameters.values()):
+            raise RuntimeError(f"step {step}: a gradient is pending, which no checkpoint holds; save between steps")
         tensors["model"] = {name: whole(p) for name, p in parameters.items()}
         tensors["optimizer"], rest = split_optimizer(whole_optimizer(self.optimizer.state_dict()))
         if "old_logp" in self.objective.reads:
@@ -148,6 +155,7 @@ class Training:
             tensors["old_logp"] = pack_rows(merged)
         if self.accelerator.is_main_process:
             state = {"step": step, "optimizer": rest, "kl_running": self.kl_running.hex()}
+            state["skipped"] = asdict(self.skipped)
             self.store.save(step, tensors, state, self.fingerprints)
         self.accelerator.wait_for_everyone()
 
@@ -167,6 +175,7 @@ class Training:
         self.optimizer.load_state_dict(spread_optimizer(moments, list(parameters.values())))
         self.old_logp.update(unpack_rows(tensors["old_logp"]) if "old_logp" in tensors else {})
         self.kl_running = float.fromhex(state["kl_running"])
+        self.skipped = Skipped(**state["skipped"])
         return int(state["step"])
 
 
@@ -184,10 +193,15 @@ def start_accelerator(config: Config) -> Any:
     )
 
 
+def is_spread(accelerator: Any) -> bool:
+    """Whether the weights are spread over ranks."""
+    return str(accelerator.distributed_type.value) == "FSDP"
+
+
 def refuse_engine(config: Config, accelerator: Any) -> None:
     """Engines that were tried here and no others: one process, DDP, and FSDP in its second version."""
     kind = str(accelerator.distributed_type.value)
-    if kind == "FSDP" and config.model.lora is not None and config.model.lora.merge:
+    if is_spread(accelerator) and config.model.lora is not None and config.model.lora.merge:
         raise ConfigError("model.lora.merge: weights that are spread over ranks are not merged; export the adapter")
     if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise ConfigError(
@@ -217,13 +231,16 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
         data = prepare(config.data, tokenizer, objective.reads, cache, display.ticker("reading and tokenising rows"))
-    display.say(*data.report.lines(), *unread_settings(config, objective, data))
+    wanted, objective = objective, fit_temperatures(objective, data)
+    display.say(*data.report.lines(), *unread_settings(config, objective, data), *fitted_sentences(wanted, objective))
     refuse_engine(config, accelerator)
     policy = load_policy(config.model, config.train.seed, accelerator.device)
+    identity = fingerprint(policy)
     frozen = FrozenModels(config, policy, accelerator, display)
     stored, known = frozen.signals(objective.reads, data.train)
     reference = frozen.live_reference() if any("ref_logp_all" in penalty.reads for penalty in penalties) else None
-    share = sharing(config.data.share_prompts, [m.causal for m in (policy, reference) if m is not None])
+    models, spread_out = [m.causal for m in (policy, reference) if m is not None], is_spread(accelerator)
+    share = sharing(config.data.share_prompts, models, spread=spread_out)
     plan = make_plan(config, objective, penalties, data, accelerator.num_processes, beside=share is not None)
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * plan.steps_per_epoch))
     parameters = list(policy.trained_parameters().values())
@@ -250,9 +267,10 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
         if data.held_out is None
         else make_collate(data, data.held_out, frozenset(), tokenizer, policy),
         steps=steps,
+        folder=folder,
         store=CheckpointStore(folder.checkpoints, keep=config.train.keep),
         display=display,
-        fingerprints=fingerprints(config, data),
+        fingerprints=fingerprints(config, data, identity, accelerator.num_processes),
     )
     if "old_logp" in objective.reads:
         stored["old_logp"] = training.stored_old_logp
@@ -321,17 +339,21 @@ def unread_settings(config: Config, objective: Objective, data: Prepared) -> lis
     credit = config.data.credit
     if (credit.baseline, credit.scale, credit.steps) != ("none", "none", "none") and "advantage" not in objective.reads:
         notes.append(f"note: data.credit is set, but '{objective}' does not read the advantage")
-    if "token_weight" not in objective.reads and data.train.table["weight"].null_count < len(data.train):
+    if "token_weight" not in objective.reads and not data.train.missing("weight").all():
         notes.append(f"note: the data give weights to messages, but '{objective}' does not read token_weight")
+    if credit.baseline != "value" and data.train.has("value"):
+        notes.append("note: the data give values, which only data.credit.baseline: value reads")
     if data.train.has("reward") and not objective.reads & {"reward", "advantage"}:
         notes.append(f"note: the data give rewards, but '{objective}' does not read them")
     return notes
 
 
-def fingerprints(config: Config, data: Prepared) -> dict[str, str]:
+def fingerprints(config: Config, data: Prepared, model: str, ranks: int) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed."""
     settings = {key: value for key, value in flatten(as_dict(config)).items() if key != "output"}
     return {
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
         "data": data.train.fingerprint,
+        "model": model,
+        "ranks": str(ranks),
     }

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from rwft.config import TrainConfig
 from rwft.data.batching import Batch
-from rwft.errors import NonFiniteError
 from rwft.estimator import Counts, weight_denominator, weight_statistics
 from rwft.head import HeadResult
 from rwft.metrics import Meter
+from rwft.postmortem import discard
 from rwft.setup import Training
 from rwft.weighting import Objective
 
@@ -135,13 +135,17 @@ def gradient(training: Training, step: int) -> tuple[list[MicroResult], float]:
 def optimiser_step(training: Training, step: int, meter: Meter) -> None:
     """One step of the equation.
 
-    Raises NonFiniteError, with the parameters untouched, if the loss or a gradient is not finite.
+    If the loss or a gradient is not finite, on any rank, parameters and optimiser stay as they are:
+    NonFiniteError is raised or, under `train.on_nonfinite: skip`, the step left out.
     """
     results, z = gradient(training, step)
     norm = training.clip(z)
     loss = sum(float(r.head.loss.detach()) for r in results) / z
+    meter.loss = loss
     if training.any_rank(not (math.isfinite(norm) and math.isfinite(loss))):
-        raise NonFiniteError(post_mortem(training, step, norm, results))
+        discard(training, step, norm, loss, results)
+        return
+    training.skipped.in_a_row = 0
     rate = learning_rate(step, training.steps, training.config.train)
     for group in training.optimizer.param_groups:
         group["lr"] = rate
@@ -181,22 +185,3 @@ def record(training: Training, meter: Meter, results: list[MicroResult], z: floa
             sums["ref_gap"] = (logp - signals["ref_logp"][result.batch.mask > 0]).double().sum()
         meter.add(sums, result.weights)
         meter.add_penalties({name: mean * len(logp) for name, mean in result.head.penalties.items()})
-
-
-def post_mortem(training: Training, step: int, norm: float, results: list[MicroResult]) -> str:
-    """One line on a step that was not finite, with the row to look at first."""
-    for result in results:
-        parts = zip(
-            result.batch.rows,
-            *(x.split(result.batch.sequence_lengths) for x in (result.weights, result.head.logp)),
-            strict=True,
-        )
-        for row, weights, logp in parts:
-            source = training.data.train.source(int(row))
-            if not bool(weights.isfinite().all()):
-                return f"step {step}: objective '{training.objective}' gave a weight that is not finite for row {source}; nothing was updated"
-            if not bool(logp.isfinite().all()):
-                return (
-                    f"step {step}: a log-probability of row {source} is not finite (model or data); nothing was updated"
-                )
-    return f"step {step}: the gradient is not finite (norm {norm}); nothing was updated; a lower train.lr may help"

@@ -7,7 +7,7 @@ product of their weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -30,12 +30,25 @@ class Factor:
     settings: Mapping[str, Any]
 
     def __str__(self) -> str:
-        changed = [f"{k}={v}" for k, v in self.settings.items() if v != self.entry.settings[k].default]
+        changed = [f"{k}={_word(v)}" for k, v in self.settings.items() if v != self.entry.settings[k].default]
         return f"{self.entry.name}({', '.join(changed)})" if changed else self.entry.name
+
+    @property
+    def wanted_share(self) -> float | None:
+        """The share of the rows that the temperature is to keep effective, until it is fitted (`rwft.temperature`)."""
+        wish = self.settings.get("temperature")
+        return float(cast("Mapping[str, float]", wish)["ess"]) if isinstance(wish, Mapping) else None
 
     @property
     def spec(self) -> dict[str, Any]:
         return {"name": self.entry.name, **self.settings}
+
+
+def _word(value: Any) -> str:
+    """A setting's value in a label: `0.5`, or `ess 0.5` for a wish that is not yet fitted."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return " ".join(f"{key} {item}" for key, item in cast("Mapping[str, Any]", value).items())
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,8 @@ class Objective:
         rows, columns = _axes(signals)
         product: Tensor | None = None
         for factor in self.factors:
+            if factor.wanted_share is not None:
+                raise ObjectiveError(f"objective '{factor}': its temperature must be fitted to the training rows first")
             inputs = [signals[name].detach() for name in factor.entry.reads]
             with torch.no_grad():
                 weights = factor.entry.function(*inputs, **factor.settings)
@@ -132,7 +147,24 @@ def bind_factor(registry: Registry, spec: Any) -> Factor:
     """One `name` or `{name: ..., **settings}` against a registry."""
     name, settings = split_spec(registry.kind, spec)
     entry = registry.entry(name)
-    return Factor(entry, MappingProxyType(entry.bind(settings, f"{registry.kind} '{entry.name}'")))
+    return Factor(entry, MappingProxyType(_fittable(entry).bind(settings, f"{registry.kind} '{entry.name}'")))
+
+
+def fittable(entry: Entry) -> bool:
+    """Whether it has a temperature, and gives each row one weight that follows from the row's rewards alone."""
+    row_level = all(
+        name in SIGNALS and SIGNALS[name].source in ("data", "credit") and SIGNALS[name].axes not in ("b t", "b")
+        for name in entry.reads
+    )
+    return row_level and "temperature" in entry.settings
+
+
+def _fittable(entry: Entry) -> Entry:
+    """The entry whose temperature takes `{ess: share}`, where that can be fitted."""
+    if not fittable(entry):
+        return entry
+    temperature = replace(entry.settings["temperature"], fitted=True)
+    return replace(entry, settings=MappingProxyType({**entry.settings, "temperature": temperature}))
 
 
 def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:

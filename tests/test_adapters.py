@@ -239,6 +239,18 @@ def test_scored() -> None:
     assert (example.behavior_logp, example.completion_ids, example.finished) == ([-1.0, -0.25], [5, 2], False)
 
 
+def test_values_beside_rewards() -> None:
+    assert only("scored", SCORED).value is None
+    assert only("scored", SCORED | {"v": 0.75}, value="v").value == 0.75
+    assert only("scored", SCORED | {"v": None}, value="v").value is None
+    refused("scored", SCORED | {"v": "0.5"}, "v: found text '0.5', expected a finite number", value="v")
+    row = ROLLOUTS | {"v": [0.5, None]}
+    assert [e.value for e in examples("rollouts", row, values="v")] == [0.5, None]
+    assert [e.reward for e in examples("rollouts", row, values="v")] == [1.0, 0.0]
+    refused("rollouts", ROLLOUTS | {"v": [0.5]}, "v: found 1 items, expected 2, one for each of compl", values="v")
+    refused("rollouts", ROLLOUTS | {"v": [0.5, True]}, r"v\[1\]: found true, expected a finite number", values="v")
+
+
 def test_a_column_with_a_dot_in_its_name_wins_over_the_path() -> None:
     row = {"a.b": "flat", "a": {"b": "deep"}, "completion": "2", "reward": 1}
     assert only("scored", row, prompt="a.b").prompt == "flat"
@@ -513,6 +525,7 @@ DETECTED: list[tuple[Row, str, Row]] = [
     ),
     (SCORED | {"group_id": 7, "ground_truth": "2"}, "scored", {"group": "group_id", "answer": "ground_truth"}),
     (SCORED | {"id": 3, "source": "toy", "label": None}, "scored", {}),
+    (SCORED | {"value": 0.5}, "scored", {"value": "value"}),
     (BINARY, "binary", {}),
     (PAIR, "preference", {"prompt": "prompt"}),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "preference", {}),
@@ -527,6 +540,7 @@ DETECTED: list[tuple[Row, str, Row]] = [
         {"prompt": "prompt", "chosen_reward": "chosen_rating", "rejected_reward": "rejected_rating"},
     ),
     (ROLLOUTS, "rollouts", {}),
+    (ROLLOUTS | {"values": [0.5, 0.25]}, "rollouts", {"values": "values"}),
     (
         ROLLOUTS | {"logprobs": [[-0.1], [-0.2]], "answer": "12"},
         "rollouts",
@@ -554,7 +568,8 @@ def test_detection(row: Row, name: str, settings: Row, tmp_path: Path) -> None:
 
 def test_every_built_in_format_is_detected_or_needs_a_setting() -> None:
     detected = {name for _, name, _ in DETECTED}
-    assert set(adapter) - detected == {"attributes"}
+    dumps = {name for name in adapter if adapter.entry(name).function.__module__.endswith(("dumps", "transitions"))}
+    assert set(adapter) - detected - dumps == {"attributes"}
 
 
 def test_the_description_names_roles_and_what_is_ignored() -> None:
@@ -580,7 +595,10 @@ def test_the_description_names_roles_and_what_is_ignored() -> None:
             {"question": "q", "answer": "a", "score": 1.0},
             ["`adapter: {name: scored, prompt: question, completion: answer, reward: score}`"],
         ),
-        ({"input": "q", "output": "a", "reward": 0.7}, ["{name: scored, prompt: input, completion: output}"]),
+        (
+            {"input": "q", "output": "a", "rating": 0.7},
+            ["{name: scored, prompt: input, completion: output, reward: rating}"],
+        ),
         (HELP, ["attributes lacks weights", "{name: prompt_completion, completion: response}"]),
         ({"prompt": [user("q")], "reward_model": {"ground_truth": "2"}}, ["lacks completion (text or messages)"]),
         (SCORED | {"reward": "4"}, ["scored lacks reward (number)"]),

@@ -11,12 +11,14 @@ import torch
 
 import rwft
 from rwft.catalogue import describe, draw, families, headline, overview, parts
-from rwft.catalogue_page import page
+from rwft.catalogue_page import opening, page
 from rwft.curves import curves
 from rwft.errors import ObjectiveError
+from rwft.testing import check_objective
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NAMES = list(rwft.objective)
+PENALTIES = list(rwft.regularizer)
 
 
 def test_the_page_is_what_the_docstrings_say() -> None:
@@ -37,8 +39,9 @@ def test_every_family_has_its_figure() -> None:
 
 
 def test_links_of_the_page_lead_somewhere() -> None:
+    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", page(), re.M)}
     for target in set(re.findall(r"\]\(([^)]+)\)", page())):
-        assert (DOCS / target).exists(), target
+        assert target[1:] in headings if target.startswith("#") else (DOCS / target).exists(), target
 
 
 def test_math_of_the_page_is_closed_and_in_its_lines() -> None:
@@ -86,6 +89,57 @@ def test_describe_says_what_a_weight_depends_on() -> None:
     assert "default even" in describe("nft")
 
 
+@pytest.mark.parametrize("name", PENALTIES)
+def test_every_regularizer_is_told_in_full(name: str) -> None:
+    entry = rwft.regularizer.entry(name)
+    text = describe(name)
+    assert text.startswith(f"{name}\n")
+    for given in entry.reads:
+        assert f"Reads {given} (n" in text
+    for setting in entry.settings.values():
+        assert f"Setting {setting.name}: {setting.describe()}; default " in text
+    for part in ("Why", "Limits", "Reference"):
+        assert f"\n{part}: " in text
+    assert "A regularizer, with a `coef`, beside any objective." in text
+    section = page().split(f"### `{name}`\n")[1].split("\n### ")[0]
+    assert headline(entry)[1].strip("$") in section
+    assert "`coef` (a number; must be given)" in section
+    first, _, rest = (rwft.regularizer[name].__doc__ or "").partition("\n")
+    assert re.match(r"[^`]+, `\(n v\)(, \(n( v)?\))? -> \(n\)`: \$", first) is not None, first
+    assert " ".join(rest.split()) == " ".join(f"{part}: {said}" for part, said in parts(entry).items())
+
+
+def test_every_recipe_is_listed_by_its_own_words(tmp_path: Path) -> None:
+    section = page().split("\n## Recipes\n")[1]
+    listed = dict(re.findall(r"^\| \[(\w+)\]\(\.\./configs/\w+\.yaml\) \| (.*) \|$", section, re.MULTILINE))
+    files = {file.stem for file in (DOCS.parent / "configs").glob("*.yaml")}
+    assert set(listed) == files - {"demo"}
+    assert listed["sft"] == "Supervised fine-tuning: every token of every completion, weight 1."
+    two = tmp_path / "two.yaml"
+    two.write_text("# A weight | of two\n# lines.\n# When: never.\nmodel: {}\n")
+    assert opening(two) == r"A weight \| of two lines."
+
+
+def test_the_mixture_of_the_page_is_an_objective_that_ends_at_its_halves(tmp_path: Path) -> None:
+    """mu = 1: p (1 - p) on demonstrations, nothing on rollouts; mu = 0: PPO on rollouts, nothing on the rest."""
+    (source,) = re.findall(r"^```python\n(.*?)^```", page(), re.MULTILINE | re.DOTALL)
+    file = tmp_path / "mixture.py"
+    file.write_text(source)
+    mixture = rwft.build_objective(f"{file}:chord")
+    check_objective(mixture)
+    logp = torch.tensor([[0.5, 0.25], [0.5, 0.25]], dtype=torch.float64).log()
+    given = {
+        "logp": logp,
+        "behavior_logp": torch.tensor([[0.5, 0.5], [0.5, 0.5]], dtype=torch.float64).log(),
+        "advantage": torch.tensor([[3.0], [-2.0]], dtype=torch.float64),
+        "token_weight": torch.tensor([[2.0, 2.0], [1.0, 1.0]], dtype=torch.float64),
+    }
+    at = lambda progress: mixture({**given, "progress": torch.tensor(progress, dtype=torch.float64)}).tolist()
+    assert at(0.0) == [pytest.approx([0.25, 0.1875]), [0.0, 0.0]]
+    assert at(1.0) == [[0.0, 0.0], pytest.approx([-2.0, 0.0])]  # rho = 1, and 1/2, which is clipped
+    assert at(0.25) == [pytest.approx([0.1875, 0.140625]), pytest.approx([-0.5, 0.0])]
+
+
 def test_describe_of_a_misspelt_name() -> None:
     with pytest.raises(ObjectiveError, match="objective 'dff' is unknown; did you mean 'dft'"):
         describe("dff")
@@ -93,7 +147,8 @@ def test_describe_of_a_misspelt_name() -> None:
 
 def test_the_overview_lists_every_objective_once() -> None:
     listed = [line.split()[0] for line in overview().splitlines() if line.startswith("  ")]
-    assert sorted(listed) == sorted(NAMES)
+    assert listed[: len(NAMES)] != sorted(NAMES)  # by family
+    assert sorted(listed) == sorted([*NAMES, *PENALTIES])
     lines = overview().splitlines()
     assert any(
         line.startswith("  dft  ") and line.endswith("Dynamic fine-tuning".ljust(58) + " logp") for line in lines
@@ -113,7 +168,7 @@ def test_every_objective_belongs_to_one_family() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_curves_are_finite_and_named(name: str) -> None:
     found = curves(rwft.build_objective(name))
-    assert len(found) in ({0} if name == "token_cleaning" else {1, 2})
+    assert len(found) in {1, 2}
     for curve in found:
         assert curve.name == name
         assert curve.x.shape == curve.w.shape
@@ -135,6 +190,9 @@ def test_curves_show_the_formula() -> None:
     assert at("ppo_clip", 1.5, "r = -1") == pytest.approx(-1.5, abs=0.01)
     assert at("dpo", 0.0, "chosen") == pytest.approx(0.05)
     assert at("dpo", 0.0, "rejected") == pytest.approx(-0.05)
+    assert at("implicit_reward", math.e) == pytest.approx(0.05, rel=3e-3)
+    assert at("off_policy_mask", 0.5, "r = -1") == 0
+    assert at("off_policy_mask", 0.5, "r = 1") == 1
     assert at("filtered_bc", 0.4) == 0
     assert at("filtered_bc", 0.6) == 1
 

@@ -134,7 +134,8 @@ def test_a_hyperparameter_can_be_overridden_alone() -> None:
         (with_("data", overlong="truncate"), "data.overlong: 'truncate' is unknown; did you mean 'truncate_prompt'?"),
         (
             with_("data", credit={"baseline": "avg"}),
-            "data.credit.baseline: 'avg' is unknown; known: group_mean, leave_one_out, length_weighted, mean, none",
+            "data.credit.baseline: 'avg' is unknown; known: group_mean, leave_one_out, length_weighted, mean, none, "
+            "value",
         ),
         (with_("data", credit={"clip": 0.0}), "data.credit.clip: found 0.0, expected a finite number > 0"),
         (with_("data", credit={"discount": 1.1}), "data.credit.discount: found 1.1, expected a number in [0, 1]"),

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from rwft.config import as_dict, load_config, resolve
+from rwft.regularizers import build_regularizers
 from rwft.weighting import bind_factor, build_objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,50 @@ READS = {
     "awr": {"advantage"},
     "grpo": {"advantage"},
     "tis": {"logp", "behavior_logp", "advantage"},
+    "asft": {"logp"},
+    "gem": set(),
+    "label_smoothing": set(),
+    "quark": set(),
+    "rloo": {"advantage"},
+    "dr_grpo": {"advantage"},
+    "opo": {"advantage"},
+    "reinforce_pp": {"logp", "behavior_logp", "advantage"},
+    "dapo": {"logp", "behavior_logp", "advantage"},
+    "gspo": {"logp", "behavior_logp", "advantage", "mask"},
+    "iw_sft_control": {"logp", "ref_logp", "mask"},
+    "a_lol": {"logp", "ref_logp", "advantage", "mask"},
+    "dro": {"logp", "ref_logp", "advantage", "mask"},
+    "topr": {"logp", "behavior_logp", "reward", "mask"},
+    "kto": {"logp", "ref_logp", "reward", "kl_running", "mask"},
+    "dpo": {"logp", "ref_logp", "reward", "group", "mask"},
+    "rpo": {"logp", "ref_logp", "reward", "group", "mask"},
+    "psft": {"logp", "old_logp"},
+    "gold_s": {"old_logp", "ref_logp", "mask"},
+    "rho1": {"logp", "ref_logp", "mask"},
+    "token_cleaning": {"ref_logp", "aux_logp", "mask"},
+    "implicit_reward": {"logp", "aux_logp", "ref_logp", "mask"},
+}
+# (baseline, scale) of the credit, normaliser, regularizers with coefficients: what the paper is, beside its objective
+PAPERS = {
+    "asft": ("none", "none", "token", {"forward_kl": 0.05}),
+    "gem": ("none", "none", "token", {"gem": 1.0}),
+    "label_smoothing": ("none", "none", "token", {"label_smoothing": 0.1}),
+    "quark": ("none", "none", "token", {"reverse_kl": 0.05, "entropy": 0.06}),
+    "rloo": ("leave_one_out", "none", "sequence_sum", {}),
+    "grpo": ("group_mean", "group_std", "sequence", {}),
+    "dr_grpo": ("group_mean", "none", "sequence_sum", {}),
+    "opo": ("length_weighted", "none", "sequence_sum", {}),
+    "dapo": ("group_mean", "group_std", "token", {}),
+    "gspo": ("group_mean", "group_std", "sequence", {}),
+    "reinforce_pp": ("mean", "std", "token", {}),
+    "a_lol": ("value", "none", "sequence_sum", {}),
+    "dro": ("value", "none", "sequence_sum", {}),
+    "topr": ("none", "none", "sequence", {}),
+    "iw_sft_control": ("none", "none", "weight", {}),
+    "rho1": ("none", "none", "weight", {}),
+    "token_cleaning": ("none", "none", "weight", {}),
+    "dpo": ("none", "none", "sequence_sum", {}),
+    "kto": ("none", "none", "sequence_sum", {}),
 }
 
 
@@ -80,6 +125,30 @@ def test_a_dataset_of_the_hub_is_named_with_its_split(file: Path) -> None:
 def test_a_recipe_reads_what_its_formula_needs(stem: str, reads: set[str]) -> None:
     objective = build_objective(load_config(ROOT / "configs" / f"{stem}.yaml").objective)
     assert objective.reads == reads
+
+
+@pytest.mark.parametrize(("stem", "paper"), PAPERS.items())
+def test_a_recipe_has_its_papers_credit_normaliser_and_penalties(stem: str, paper: tuple[Any, ...]) -> None:
+    config = load_config(ROOT / "configs" / f"{stem}.yaml")
+    penalties = {penalty.name: penalty.coef for penalty in build_regularizers(config.regularize)}
+    credit = config.data.credit
+    assert (credit.baseline, credit.scale, config.train.normalize, penalties) == paper
+
+
+def test_numbers_of_the_papers() -> None:
+    """Where a recipe is its paper's by its numbers."""
+    settings = {stem: load_config(ROOT / "configs" / f"{stem}.yaml") for stem in ("dapo", "iw_sft_control", "psft")}
+    assert settings["dapo"].objective == {"name": "ppo_clip", "low": 0.2, "high": 0.28}
+    assert settings["iw_sft_control"].objective == {"name": "iw_sft", "temperature": 10.0, "clip": 1000.0}
+    assert settings["psft"].train.snapshot_every == 8
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=name)
+def test_a_recipe_of_frozen_models_names_those_that_have_no_default(file: Path) -> None:
+    config = load_config(file)
+    reads = build_objective(config.objective).reads
+    assert ("aux_logp" in reads) == (config.auxiliary.path is not None)
+    assert config.reference.path is None or reads & {"ref_logp", "ref_nll_median", "ref_nll_z"}
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=name)

@@ -26,8 +26,12 @@ STD = math.sqrt(113 / 30)
 S7, S2 = math.sqrt(4 / 3) + 1e-6, math.sqrt(2) + 1e-6
 
 
+VALUE = [1.5, 0.25, 4.0, 0.5, 5.0, -1.0]  # what a critic expected of each row
+
+
 def advantage(reward: Any = REWARD, group: Any = GROUP, length: Any = LENGTH, **settings: Any) -> np.ndarray:
-    return fit(CreditConfig(**settings), reward, group, length).advantage(reward, group, length)
+    value = VALUE if settings.get("baseline") == "value" else None
+    return fit(CreditConfig(**settings), reward, group, length).advantage(reward, group, length, value)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,11 @@ def advantage(reward: Any = REWARD, group: Any = GROUP, length: Any = LENGTH, **
         ({"baseline": "leave_one_out", "singleton": "reward"}, [2.0, -1.0, 2.0, 1.0, -2.0, -1.0]),
         # group 7: (2*1 + 0 + 0) / 5 = 0.4; group 2: (5*3 + 3*1) / 4 = 4.5
         ({"baseline": "length_weighted"}, [1.6, -0.4, 0.5, 0.0, -1.5, -0.4]),
+        # each row's own: 2 - 1.5, 0 - 0.25, 5 - 4, 1 - 0.5 (alone, and yet it has one), 3 - 5, 0 + 1
+        ({"baseline": "value"}, [0.5, -0.25, 1.0, 0.5, -2.0, 1.0]),
+        ({"baseline": "value", "scale": "std", "shift": 1.0}, [a / STD + 1 for a in (0.5, -0.25, 1.0, 0.5, -2.0, 1.0)]),
+        ({"baseline": "value", "clip": 0.75}, [0.5, -0.25, 0.75, 0.5, -0.75, 0.75]),
+        ({"baseline": "value", "scale": "group_std"}, [0.5 / S7, -0.25 / S7, 1 / S2, 0.0, -2 / S2, 1 / S7]),
         ({"scale": "std"}, [r / STD for r in REWARD]),
         ({"baseline": "mean", "scale": "std"}, [(r - 11 / 6) / STD for r in REWARD]),
         (
@@ -216,6 +225,31 @@ def test_steps_of_one_equal_the_sequence() -> None:
             credit.token_advantage(STEPS, 8)
 
 
+def test_steps_less_the_rows_value() -> None:
+    """Returns 0, -1, -1 less the row's 0.25; where the terms are not given, there is no common one."""
+    credit = fit(CreditConfig(baseline="value", steps="reward_to_go"), REWARD, GROUP, LENGTH)
+    terms = credit.terms(REWARD, GROUP, LENGTH, VALUE)
+    assert terms.baseline.tolist() == VALUE
+    row = credit.token_advantage(STEPS, 8, terms.baseline[1], terms.gain[1])
+    assert row.tolist() == [-0.25] * 3 + [-1.25] * 5
+    with pytest.raises(ConfigError, match=r"^data\.credit: baseline value .* differs from row to row"):
+        credit.token_advantage(STEPS, 8)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, ConfigError, r"^data\.credit\.baseline: value, but no values were given"),
+        ([0.0, math.nan, 0, 0, 0, 0], DataError, r"^row 1 of 6: value: found nan, expected a finite number"),
+        ([0.0, 1.0], DataError, r"^value: found shape \(2,\), expected \(6,\)"),
+    ],
+)
+def test_values_that_are_missing_are_refused(value: Any, error: type[Exception], message: str) -> None:
+    credit = fit(CreditConfig(baseline="value"), REWARD, GROUP, LENGTH)
+    with pytest.raises(error, match=message):
+        credit.advantage(REWARD, GROUP, LENGTH, value)
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
@@ -235,7 +269,7 @@ def test_steps_that_are_wrong(steps: list[tuple[int, float]], message: str) -> N
 def test_steps_must_be_asked_for_and_in_one_unit() -> None:
     with pytest.raises(ConfigError, match=r"^data\.credit\.steps: none"):
         fit(CreditConfig(), REWARD, GROUP, LENGTH).token_advantage(STEPS, 8)
-    for settings in ({"baseline": "mean"}, {"baseline": "group_mean"}, {"scale": "std"}):
+    for settings in ({"baseline": "mean"}, {"baseline": "group_mean"}, {"baseline": "value"}, {"scale": "std"}):
         with pytest.raises(ConfigError, match=r"^data\.credit: baseline .* measures whole sequences"):
             fit(CreditConfig(steps="own", **settings), REWARD, GROUP, LENGTH)
 

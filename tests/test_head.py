@@ -381,6 +381,16 @@ def test_bfloat16_sums_the_gradient_of_the_weight_in_float32() -> None:
     assert torch.autograd.grad(-tiled.sum(), [w])[0][:, 0].tolist() == [-2048.0, 2048.0]
 
 
+def test_bfloat16_hands_over_every_tile_of_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rwft.head_gradients.TILE", 5)
+    p = problem(torch.bfloat16)
+    exact = p.exact()
+    expected = torch.autograd.grad(-2 * exact.logp().sum(), exact.leaves)
+    for budget in (None, 100):
+        loss = weighted_loss(p.x, p.vocabulary, p.y, lambda s, _: torch.ones_like(s["logp"]), budget=budget).loss
+        assert_close(torch.autograd.grad(2 * loss, p.leaves), expected, 1e-2)
+
+
 def test_trained_float32_weights_multiply_in_the_precision_of_the_hidden_states() -> None:
     p = problem(torch.float32)
     x = p.x.detach().bfloat16().requires_grad_()

@@ -48,6 +48,7 @@ def signals(spread: float = 0.6, seed: int = 0) -> dict[str, Tensor]:
         "group": torch.tensor([0, 0, 1, 1, 2, 2]),
         "group_mean": draw(B, 1).sigmoid(),
         "kl_running": torch.tensor(0.4, dtype=torch.float64),
+        "aux_logp": logp + spread * draw(B, T),
     }
 
 
@@ -141,6 +142,29 @@ def oreo(logp: Tensor, s: dict[str, Tensor]) -> Tensor:
     return torch.stack(terms)
 
 
+def oreo_token(logp: Tensor, s: dict[str, Tensor]) -> Tensor:
+    """The same residuals, in each of which only the token's own log ratio is live."""
+    terms = []
+    for i in range(B):
+        where = [t for t in range(T) if MASK[i, t] > 0]
+        for n, t in enumerate(where):
+            held = sum((float((logp[i, j] - s["ref_logp"][i, j]).detach()) for j in where[n + 1 :]), 0.0)
+            own = logp[i, t] - s["ref_logp"][i, t]
+            terms.append((0.03 * (own + held) + s["value"][i, t] - s["reward"][i, 0]) ** 2)
+    return torch.stack(terms)
+
+
+def returns(s: dict[str, Tensor], discount: float) -> Tensor:
+    """Discounted returns of PRIME's token rewards, from the end, one trained token after the other."""
+    out = torch.zeros(B, T, dtype=torch.float64)
+    for i in range(B):
+        ahead = 0.0
+        for t in reversed([t for t in range(T) if MASK[i, t] > 0]):
+            ahead = 0.05 * float(s["aux_logp"][i, t] - s["ref_logp"][i, t]) + discount * ahead
+            out[i, t] = ahead
+    return out
+
+
 def focal(logp: Tensor, _: dict[str, Tensor]) -> Tensor:
     return -((1 - logp.exp()) ** 2) * logp
 
@@ -166,6 +190,12 @@ def gspo(logp: Tensor, s: dict[str, Tensor]) -> Tensor:
 def a_lol_kl(logp: Tensor, s: dict[str, Tensor]) -> Tensor:
     penalised = -s["advantage"] * total(logp) + 0.2 * log_k(logp, s)
     return penalised * (s["advantage"] > 0)
+
+
+def masked_ppo(logp: Tensor, s: dict[str, Tensor]) -> Tensor:
+    gap = (total(s["behavior_logp"] - logp) / LENGTH).detach()
+    kept = torch.where((s["advantage"] < 0) & (gap > 0.5), 0.0, 1.0)
+    return kept * ppo(rho(logp, s), s["advantage"], 0.2, 0.2)
 
 
 ONE = torch.ones(1, 1, dtype=torch.float64)
@@ -203,6 +233,19 @@ NATIVE: list[tuple[Any, Loss, Tensor]] = [
     ({"name": "dro", "temperature": 0.3}, lambda logp, s: 0.5 * (s["advantage"] - 0.3 * log_k(logp, s)) ** 2, ONE),
     ("a_star_po", a_star_po, ONE),
     ("oreo", oreo, ONE),
+    ("oreo_token", oreo_token, ONE),
+    (
+        {"name": "dro_token", "beta": 0.3},
+        lambda logp, s: 0.15 * (logp - s["behavior_logp"]) ** 2 - s["advantage"] * logp,
+        ONE,
+    ),
+    ({"name": "implicit_reward", "discount": 0.7}, lambda logp, s: -returns(s, 0.7) * logp, ONE),
+    (
+        ["tis", "implicit_reward"],
+        lambda logp, s: -returns(s, 1.0) * rho(logp, s).clamp(max=2).detach() * logp,
+        ONE,
+    ),
+    (["off_policy_mask", "ppo_clip"], masked_ppo, ONE),
     ("dpo", dpo, ONE),
     ("ipo", ipo, ONE),
     ("rpo", rpo, ONE),
@@ -214,7 +257,7 @@ NATIVE: list[tuple[Any, Loss, Tensor]] = [
 def case(spec: Any, seed: int) -> dict[str, Tensor]:
     """The signals; OREO's advantages are of positions, r - V_t."""
     given = signals(seed=seed)
-    return {**given, "advantage": given["reward"] - given["value"]} if spec == "oreo" else given
+    return {**given, "advantage": given["reward"] - given["value"]} if spec in ("oreo", "oreo_token") else given
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -229,6 +272,21 @@ def test_the_papers_gradient_is_the_weight(spec: Any, loss: Loss, factor: Tensor
     weights = rwft.build_objective(spec)(given).expand_as(MASK) * MASK * factor
     torch.testing.assert_close(weights, -gradient, rtol=1e-12, atol=1e-12)
     assert weights.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_lol_inside_its_clip_is_the_gradient_of_the_advantage_times_the_ratio(seed: int) -> None:
+    given = signals(spread=0.05, seed=seed)
+    positive = given["advantage"].clamp(min=0)
+    logp = given["logp"].clone().requires_grad_()
+    k, k_t = log_k(logp, given).exp(), rho(logp, given, "ref_logp")
+    assert ((k > 0.1) & (k < 1.9)).all()
+    assert ((k_t > 0.1) & (k_t < 1.9)).all()
+    for spec, ratio in (("a_lol", k), ("a_lol_token", k_t * MASK)):
+        (gradient,) = torch.autograd.grad((-positive * ratio).sum(), logp, retain_graph=True)
+        weights = rwft.build_objective(spec)(given).expand_as(MASK) * MASK
+        torch.testing.assert_close(weights, -gradient, rtol=1e-12, atol=1e-12)
+        assert weights.abs().max() > 1e-4
 
 
 def test_clips_are_hit_by_these_cases() -> None:

@@ -205,6 +205,24 @@ TABLE: list[Row] = [
         [[5.0, 5.5]],
     ),
     ("r_gold", {"logp": ln([0.5, 0.05], [0.5, 0.05]), "reward": seq(2, -1)}, [[1.0, 0.2], [-0.5, -0.1]]),
+    # log ratios 2, -1, (untrained), 4 at beta 1/2: rewards 1, -1/2, -, 2; from the end 2, -1/2 + 2/2, 1 + 1/4
+    (
+        {"name": "implicit_reward", "beta": 0.5, "discount": 0.5},
+        {"aux_logp": tok([-1.0, -2, -9, -1]), "ref_logp": tok([-3.0, -1, -1, -5]), "mask": tok([1, 1, 0, 1])},
+        [[1.25, 0.5, 0.0, 2.0]],
+    ),
+    # at 0.05, undiscounted: 0.1, -0.05, -, 0.2
+    (
+        "implicit_reward",
+        {"aux_logp": tok([-1.0, -2, -9, -1]), "ref_logp": tok([-3.0, -1, -1, -5]), "mask": tok([1, 1, 0, 1])},
+        [[0.25, 0.15, 0.0, 0.2]],
+    ),
+    # six rewards of 1 at discount 1/2: 2 - 2^-5, ..., 1
+    (
+        {"name": "implicit_reward", "beta": 1, "discount": 0.5},
+        {"aux_logp": tok([-1.0] * 6), "ref_logp": tok([-2.0] * 6), "mask": tok([1] * 6)},
+        [[1.96875, 1.9375, 1.875, 1.75, 1.5, 1.0]],
+    ),
     # K = 4/5 * 2 = 1.6; second row K = 4 -> 1.9; third has A < 0
     (
         "a_lol",
@@ -276,6 +294,27 @@ TABLE: list[Row] = [
             "mask": tok([1, 1], [1, 1]),
         },
         [[12 * math.exp(-3)], [-8 * math.exp(-2)]],
+    ),
+    # mean gap to the behaviour policy: 1, 1/2 (no more than delta), 1 to gain, 1 with A = 0; untrained tokens apart
+    (
+        "off_policy_mask",
+        {
+            "logp": tok([-3.0, -1, -9], [-2, -1, -9], [-3, -1, -9], [-3, -1, -9]),
+            "behavior_logp": tok([-1.0, -1, -1], [-1, -1, -1], [-1, -1, -1], [-1, -1, -1]),
+            "advantage": seq(-1, -1, 1, 0),
+            "mask": tok([1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0]),
+        },
+        [[0.0], [1.0], [1.0], [1.0]],
+    ),
+    (
+        {"name": "off_policy_mask", "delta": 1},
+        {
+            "logp": tok([-3.0, -1], [-5, -1]),
+            "behavior_logp": tok([-1.0, -1], [-1, -1]),
+            "advantage": seq(-0.5, -0.5),
+            "mask": tok([1, 1], [1, 1]),
+        },
+        [[1.0], [0.0]],
     ),
     # product 1/2 * 1/2 = 1/4 tapers the negative; 2 * 2 = 4 is cut to 1; positives are not touched
     (
@@ -361,6 +400,29 @@ TABLE: list[Row] = [
         {"name": "dro", "temperature": 2},
         {**PAIR, "advantage": seq(0.5, -0.5)},
         [[1 - 12 * LN2], [-1 - 4 * LN2]],
+    ),
+    # A - log rho / 2: ratios 2 and 1/2 of a behaviour policy at 1/2
+    (
+        {"name": "dro_token", "beta": 0.5},
+        {"logp": ln([1.0, 0.25]), "behavior_logp": ln([0.5, 0.5]), "advantage": seq(0.5)},
+        [[0.5 - 0.5 * LN2, 0.5 + 0.5 * LN2]],
+    ),
+    ("dro_token", {"logp": tok([-1.0]), "behavior_logp": tok([-3.0]), "advantage": seq(-0.5)}, [[-0.7]]),
+    # oreo's residuals below (2, 2), each for itself; at the default 0.06 (0.5 - 0.03 * 2)
+    (
+        {"name": "oreo_token", "beta": 0.5},
+        {
+            "logp": tok([-1.0, -1, 0]),
+            "ref_logp": tok([-2.0, -3, -99]),
+            "advantage": tok([3.5, 3.0, 7.0]),
+            "mask": tok([1, 1, 0]),
+        },
+        [[2.0, 2.0, 0.0]],
+    ),
+    (
+        "oreo_token",
+        {"logp": tok([-1.0]), "ref_logp": tok([-3.0]), "advantage": seq(0.5), "mask": tok([1])},
+        [[0.06 * 0.44]],
     ),
     # V* = ln mean(e^ln3, e^0) = ln 2; residuals ln 3 - ln 2 - ln 8 / 2 and -ln 2 - ln 2 / 2; times 2 * 1/2
     (

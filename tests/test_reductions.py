@@ -53,7 +53,7 @@ def base(seed: int = 0) -> Signals:
     }
 
 
-def weigh(spec: Any, given: Signals | None = None, **changed: Tensor) -> Tensor:
+def weigh(spec: Any, given: Signals | None = None, /, **changed: Tensor) -> Tensor:
     """`(b t)` weights on trained positions, 0 elsewhere."""
     signals = {**(given or base()), **changed}
     return (rwft.build_objective(spec)(signals).double().expand(B, T)).where(signals["mask"] > 0, 0.0)
@@ -212,6 +212,15 @@ EXACT: list[tuple[str, Any, Signals, Tensor]] = [
     ("T-REG without token rewards is DPO", "treg", {"advantage": full(0, B, 1)}, weigh("dpo")),
     ("T-REG at alpha 0 is DPO", of("treg", alpha=0), {}, weigh("dpo")),
     ("RPO at alpha 0 is DPO", of("rpo", alpha=0), {}, weigh("dpo")),
+    (
+        "without discount to come, the implicit reward is the token's own",
+        of("implicit_reward", discount=0, beta=0.2),
+        {},
+        (0.2 * (base()["aux_logp"] - base()["ref_logp"])).where(base()["mask"] > 0, 0.0),
+    ),
+    ("token DRO on policy is REINFORCE", "dro_token", ON_POLICY, REINFORCE),
+    ("token DRO at beta 0 is REINFORCE", of("dro_token", beta=0), {}, REINFORCE),
+    ("OREO's DRO variant at the reference is REINFORCE", of("oreo_token", beta=0.5), ON_POLICY, REINFORCE),
     (
         "DRO at the reference is REINFORCE",
         of("dro", temperature=0.4),
@@ -381,6 +390,18 @@ def test_one_token_gspo_and_gmpo_are_ppo() -> None:
     same(weigh(of("gmpo", width=width), given), weigh(matched, given))
 
 
+def test_the_off_policy_mask_drops_bad_rows_that_the_policy_has_left() -> None:
+    given = base()
+    gap = seq_sum(given["behavior_logp"] - given["logp"], given["mask"]) / given["mask"].sum(1, keepdim=True)
+    dropped = (given["advantage"] < 0) & (gap > 0)
+    assert dropped.any()
+    assert ((given["advantage"] < 0) & ~dropped).any()
+    strict = of("off_policy_mask", delta=0)
+    same(weigh(strict, given), SFT * ~dropped)
+    same(weigh(strict, given, **ON_POLICY), SFT)
+    same(weigh(of("off_policy_mask", delta=99), given), SFT)
+
+
 def test_sapo_is_even_around_one() -> None:
     ones = full(1, B, 1)
     step = torch.linspace(0.01, 0.9, B * T, dtype=torch.float64).reshape(B, T)
@@ -496,6 +517,18 @@ def test_one_token_oreo_is_twice_dro() -> None:
     single[:, 2] = 1
     given["mask"] = single
     same(weigh(of("oreo", beta=0.3), given), 2 * weigh(of("dro", temperature=0.3), given))
+    same(weigh(of("oreo_token", beta=0.3), given), 2 * weigh(of("dro", temperature=0.3), given))
+    by_token = weigh(of("dro_token", beta=0.3), given, behavior_logp=given["ref_logp"])
+    same(0.3 * by_token, weigh(of("dro", temperature=0.3), given))
+
+
+def test_the_implicit_reward_of_the_first_token_is_dpos_of_the_completion() -> None:
+    """beta log pi_phi(y) / pi_ref(y): at discount 1 the return of all token rewards; of no model that is its own."""
+    given = base()
+    first = given["mask"].argmax(1, keepdim=True)
+    whole = 0.05 * seq_sum(given["aux_logp"] - given["ref_logp"], given["mask"])
+    same(weigh("implicit_reward", given).gather(1, first), whole)
+    assert weigh("implicit_reward", given, aux_logp=given["ref_logp"]).abs().max() == 0
 
 
 def test_a_star_po_values_between_mean_and_best() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from rwft.config import DataConfig
 from rwft.data.characters import character_tokenizer
 from rwft.data.example import Example, Source, Span
-from rwft.data.tokenize import Dropped, Tokenize, Tokens
+from rwft.data.tokenize import Dropped, Tokenize, Tokens, fingerprint
 from rwft.errors import DataError, PolicyError
 
 HERE = Source("rows.jsonl", 7)
@@ -290,6 +290,8 @@ def test_logged_ids_must_be_ours() -> None:
         assert tokens(tokenizer, row, needs_behavior=True).behavior_logp == [-0.5, -0.6][: len(ids)]
     cut = example("A", "hi", completion_ids=one, behavior_logp=[-0.5, -0.6], finished=False)
     assert dropped(tokenizer, cut, needs_behavior=True).startswith("completion_ids are not")
+    short = example("A", "hihi", completion_ids=one[:1], behavior_logp=[-0.5, -0.6], finished=False)
+    assert dropped(tokenizer, short, needs_behavior=True).startswith("completion_ids are not")
 
 
 # Steps
@@ -598,7 +600,8 @@ def test_the_fingerprint_names_what_tokens_depend_on() -> None:
     base = mark(made.byte_bpe())
     used = made.byte_bpe()
     used(["A", "AA"], padding=True, truncation=True, max_length=1)
-    assert mark(used) == base
+    assert used.backend_tokenizer.truncation is not None
+    assert fingerprint(used, config()) == base == mark(used)
     assert mark(made.byte_bpe(), limit=3, eval_fraction=0.5) == base
     others = [
         mark(made.byte_bpe(template=made.CHATML)),

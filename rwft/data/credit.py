@@ -3,7 +3,8 @@ r"""From rewards to advantages, by statistics that are fitted once over the trai
 .. math:: A = \mathrm{clip}\left((R - b) \, s + \mathrm{shift}\right)
 
 The baseline `b` and the scale `s` are fitted over the data set, where offline data make them
-exact, so no row's advantage depends on its batch. All arrays are float64, one value per row.
+exact, so no row's advantage depends on its batch; or the data bring `b` along, a value for each
+row that a critic or other samples gave. All arrays are float64, one number per row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ GROUP_EPSILON = 1e-6  # added to a group's standard deviation, as in GRPO
 OF_GROUPS = ("group_mean", "leave_one_out", "length_weighted")
 LARGEST = 1e100  # of a reward: far beyond it a variance would overflow
 SHARED = ("none", "mean")  # baselines that are one number for all rows, besides a number itself
+VALUE = "value"  # the baseline that the data give, row by row
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -67,17 +69,19 @@ class Credit:
     above: Floats
     groups: Groups
 
-    def advantage(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> Floats:
-        """`(n), (n), (n) -> (n)`: one advantage a row.
+    def advantage(
+        self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike, value: ArrayLike | None = None
+    ) -> Floats:
+        """`(n), (n), (n), (n) -> (n)`: one advantage a row; `value` is the baseline under `baseline: value`.
 
-        Raises DataError for a reward that is missing or not finite, and if all fitted rewards
-        are equal but are to be scaled by their standard deviation.
+        Raises DataError for a reward (or value, where it is the baseline) that is missing or not
+        finite, and if all fitted rewards are equal but are to be scaled by their standard deviation.
         """
-        baseline, gain = self.terms(reward, group, lengths)
+        baseline, gain = self.terms(reward, group, lengths, value)
         return self._finish((_rewards(reward) - baseline) * gain)
 
-    def terms(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> Terms:
-        """`(n), (n), (n) -> (n), (n)`: baseline and gain of each row.
+    def terms(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike, value: ArrayLike | None = None) -> Terms:
+        """`(n), (n), (n), (n) -> (n), (n)`: baseline and gain of each row.
 
         A row alone in its group gets (0, 0) or (0, 1), by the setting `singleton`, wherever its
         group is asked for. A group whose rewards are all equal has its very reward as baseline;
@@ -85,7 +89,8 @@ class Credit:
         """
         rewards = _rewards(reward)
         here = self.of_rows(rewards, group, lengths)
-        baseline, gain = self._baseline(rewards, here), self._gain(here)
+        baseline = _values(value, len(rewards)) if self.config.baseline == VALUE else self._baseline(rewards, here)
+        gain = self._gain(here)
         if self.config.baseline in OF_GROUPS or self.config.scale == "group_std":
             alone = here.size == 1
             baseline = np.where(alone, 0.0, baseline)
@@ -171,7 +176,7 @@ class Credit:
         return float(self.config.baseline)
 
     def _shared_terms(self) -> tuple[float, float]:
-        if self.config.baseline in OF_GROUPS or self.config.scale == "group_std":
+        if self.config.baseline in (VALUE, *OF_GROUPS) or self.config.scale == "group_std":
             raise ConfigError(
                 f"data.credit: baseline {self.config.baseline} with scale {self.config.scale} differs from row to row; "
                 "per-step advantages need the row's own terms"
@@ -271,20 +276,30 @@ def _steps(steps: Sequence[tuple[int, float]], targets: int) -> tuple[Integers, 
 
 def _require_step_units(config: CreditConfig) -> None:
     """A step's own reward is not in the unit of a sequence's: only a number may be taken from it."""
-    if config.steps == "own" and (config.baseline in ("mean", *OF_GROUPS) or config.scale != "none"):
+    if config.steps == "own" and (config.baseline in ("mean", VALUE, *OF_GROUPS) or config.scale != "none"):
         raise ConfigError(
             f"data.credit: baseline {config.baseline} with scale {config.scale} measures whole sequences, but "
             "steps: own gives each step its own; use a baseline that is none or a number, or steps: reward_to_go"
         )
 
 
-def _rewards(reward: ArrayLike, sources: Sequence[Any] = ()) -> Floats:
+def _values(value: ArrayLike | None, rows: int) -> Floats:
+    """What the data expected of each row. Raises ConfigError if there is none, DataError for one that is not finite."""
+    if value is None:
+        raise ConfigError("data.credit.baseline: value, but no values were given; give one for each row")
+    values = _rewards(value, what="value")
+    if values.shape != (rows,):
+        raise DataError(f"value: found shape {values.shape}, expected ({rows},), one for each row")
+    return values
+
+
+def _rewards(reward: ArrayLike, sources: Sequence[Any] = (), what: str = "reward") -> Floats:
     values = np.asarray(reward, np.float64)
     bad = np.flatnonzero(~(np.abs(values) <= LARGEST))
     if len(bad):
         place = sources[bad[0]] if len(sources) else f"row {bad[0]} of {len(values)}"
         more = f" (and in {len(bad) - 1} more rows)" if len(bad) > 1 else ""
-        raise DataError(f"{place}: reward: found {values[bad[0]]}{more}, expected a finite number within +-{LARGEST:g}")
+        raise DataError(f"{place}: {what}: found {values[bad[0]]}{more}, expected a finite number within +-{LARGEST:g}")
     return values
 
 

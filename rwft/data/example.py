@@ -46,7 +46,8 @@ class Example:
     """One prompt with one completion.
 
     `prompt` and `completion` are both text, or both lists of messages (in a completion only
-    assistant turns are trained). `reward` is None where the data give none. Examples that
+    assistant turns are trained). `reward` is None where the data give none; so is `value`, what
+    somebody expected the reward to be (a critic, a mean over other samples). Examples that
     share a `group` answer the same prompt. `behavior_logp` holds one log-probability per
     completion token; `completion_ids` the token ids that they were logged with, if known.
     `finished` is False if the completion was cut off: then it does not end in EOS. `spans`
@@ -63,3 +64,4 @@ class Example:
     finished: bool = True
     spans: tuple[Span, ...] = field(default=())
     answer: str | None = None
+    value: float | None = None

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rwft.config import DataConfig, plain
+from rwft.config import CreditConfig, DataConfig, plain
 from rwft.data.adapters import Examples, read_examples
-from rwft.data.credit import Credit, fit
+from rwft.data.credit import VALUE, Credit, fit
 from rwft.data.rows import Rows, open_rows, record, write_rows
 from rwft.data.sources import local_files
 from rwft.data.tasks import task_files
@@ -25,7 +25,7 @@ from rwft.durable import sha256
 from rwft.errors import DataError
 from rwft.signals import SIGNALS
 
-VERSION = "rows-1"
+VERSION = "rows-2"
 BLOCK = 256  # examples tokenised at once
 
 
@@ -58,19 +58,20 @@ class Prepared:
     report: Report
 
     def known(self, rows: Rows) -> dict[str, NDArray[Any]]:
-        """Signals with one value a row `(n)`, or one for all `()`, of a whole split; none where rewards are missing."""
+        """Signals with one value a row `(n)`, or one for all `()`, of a whole split; none where rewards are missing.
+
+        No advantage either where the baseline is the rows' value and one lacks it.
+        """
         if self.credit is None or np.isnan(rows.reward).any():
             return {}
         given = (rows.reward, rows.group, rows.trained)
-        baseline, gain = self.credit.terms(*given)
-        fitted = {name: np.asarray(value) for name, value in self.credit.signals(*given).items()}
-        return {
-            "reward": rows.reward,
-            "advantage": self.credit.advantage(*given),
-            "baseline": baseline,
-            "gain": gain,
-            **fitted,
-        }
+        known = {name: np.asarray(value) for name, value in self.credit.signals(*given).items()}
+        known["reward"] = rows.reward
+        if lacks_value(rows, self.credit.config):
+            return known
+        baseline, gain = self.credit.terms(*given, rows.value)
+        advantage = self.credit.advantage(*given, rows.value)
+        return known | {"advantage": advantage, "baseline": baseline, "gain": gain}
 
 
 def prepare(
@@ -92,7 +93,7 @@ def prepare(
         rows, held_out = split(rows, config.eval_fraction)
     if len(rows) == 0:
         raise DataError("data: no rows are left to train on: " + "; ".join(report.lines()))
-    require(rows, reads)
+    require(rows, reads, config.credit)
     credit = None if np.isnan(rows.reward).any() else fit(config.credit, rows.reward, rows.group, rows.trained)
     return Prepared(rows, held_out if held_out is not None and len(held_out) else None, credit, report)
 
@@ -157,20 +158,18 @@ def split(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
     """Hold out a fraction of the *prompts*: all rows of a group go to one side, whatever the order or the seed."""
     if fraction == 0:
         return rows, rows.subset(np.zeros(len(rows), dtype=bool), "none")
-    names = rows.table["group"].to_pylist()
-    held = np.array(
-        [_share(name if name is not None else f"row {index}") < fraction for index, name in enumerate(names)]
-    )
+    held = rows.group < fraction * 2.0**63  # a group's number is a hash of its name
     if held.all() or not held.any():
         held = np.zeros(len(rows), dtype=bool)
     return rows.subset(~held, f"train {fraction}"), rows.subset(held, f"held out {fraction}")
 
 
-def _share(name: str) -> float:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+def lacks_value(rows: Rows, credit: CreditConfig) -> bool:
+    """Whether the baseline is to be each row's value and some row has none."""
+    return credit.baseline == VALUE and bool(np.isnan(rows.value).any())
 
 
-def require(rows: Rows, reads: frozenset[str]) -> None:
+def require(rows: Rows, reads: frozenset[str], credit: CreditConfig) -> None:
     """Refuse data that lack what the objective reads, naming a row that lacks it."""
     needs = sorted(name for name in reads if name == "reward" or SIGNALS[name].source == "credit")
     if needs and np.isnan(rows.reward).any():
@@ -179,9 +178,15 @@ def require(rows: Rows, reads: frozenset[str]) -> None:
             f"{rows.source(index)}: no reward, but the objective reads {', '.join(needs)}; give a reward column, "
             "e.g. adapter: {name: scored, reward: <column>}, or choose an objective without rewards, such as sft"
         )
+    if "advantage" in reads and lacks_value(rows, credit):
+        index = int(np.flatnonzero(np.isnan(rows.value))[0])
+        raise DataError(
+            f"{rows.source(index)}: no value, but data.credit.baseline: value takes it from the reward; give a column "
+            "of values, e.g. adapter: {name: scored, value: <column>}, or choose another baseline, such as group_mean"
+        )
     if "behavior_logp" in reads and not rows.has("behavior_logp"):
-        index = int(np.flatnonzero(np.asarray(rows.table["behavior_logp"].is_null()))[0])
+        index = int(np.flatnonzero(rows.missing("behavior_logp"))[0])
         raise DataError(
             f"{rows.source(index)}: no log-probabilities of the behaviour policy, but the objective reads "
-            "behavior_logp; give them in the data (a list per completion), or choose an objective that reads ref_logp, such as iw_sft"
+            "behavior_logp; give them in the data (a list per completion), or choose an objective that reads ref_logp"
         )

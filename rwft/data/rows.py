@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ SCHEMA = pa.schema(
         ("step_position", pa.list_(pa.int32())),
         ("step_reward", pa.list_(pa.float64())),
         ("reward", pa.float64()),
+        ("value", pa.float64()),
         ("group", pa.string()),
         ("file", pa.string()),
         ("row", pa.int64()),
@@ -44,32 +46,50 @@ BLOCK = 1024
 class Rows:
     """All rows of one split. `n` rows; lengths count target positions, `trained` those under the mask."""
 
-    table: pa.Table
+    table: pa.Table  # of the whole file; nothing of it is copied
+    where: NDArray[np.int64]  # (n), which rows of the table these are
     fingerprint: str
     reward: NDArray[np.float64]  # (n), NaN where the data give none
+    value: NDArray[np.float64]  # (n), NaN where the data give none
     group: NDArray[np.int64]  # (n)
     length: NDArray[np.int64]  # (n)
     trained: NDArray[np.int64]  # (n)
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return len(self.where)
+
+    @cached_property
+    def _blocks(self) -> tuple[list[pa.RecordBatch], NDArray[np.int64]]:
+        """The blocks of the file, and the row of the table at which each starts."""
+        blocks = self.table.to_batches()
+        return blocks, np.cumsum([0, *map(len, blocks)])[:-1]
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, list[Any]]:
-        """The named rows as Python lists, by column."""
-        return self.table.take(pa.array(indices, type=pa.int64())).to_pydict()
+        """The named rows as Python lists, by column. Costs the same however many rows there are."""
+        blocks, start = self._blocks
+        wanted = self.where[np.asarray(indices, dtype=np.int64)]
+        block = np.searchsorted(start, wanted, side="right") - 1
+        rows = [blocks[b].slice(int(row - start[b]), 1) for b, row in zip(block, wanted, strict=True)]
+        return pa.Table.from_batches(rows, schema=self.table.schema).to_pydict()
 
     def source(self, index: int) -> Source:
         """Where a row came from."""
-        return Source(self.table["file"][int(index)].as_py(), self.table["row"][int(index)].as_py())
+        row = int(self.where[index])
+        return Source(self.table["file"][row].as_py(), self.table["row"][row].as_py())
+
+    def missing(self, column: str) -> NDArray[np.bool_]:
+        """`(n)`: which rows do not give this column."""
+        return np.asarray(self.table[column].is_null(), dtype=bool)[self.where]
 
     def has(self, column: str) -> bool:
         """Whether every row gives this column."""
-        return len(self) > 0 and self.table[column].null_count == 0
+        return len(self) > 0 and not self.missing(column).any()
 
     def subset(self, keep: NDArray[np.bool_], name: str) -> Rows:
         """The rows where `keep` holds, with a fingerprint of their own."""
-        table = self.table.filter(pa.array(keep))
-        return _index(table, hashlib.sha256(f"{self.fingerprint}:{name}".encode()).hexdigest())
+        arrays = {f.name: getattr(self, f.name)[keep] for f in fields(self) if f.name not in ("table", "fingerprint")}
+        digest = hashlib.sha256(f"{self.fingerprint}:{name}".encode()).hexdigest()
+        return Rows(table=self.table, fingerprint=digest, **arrays)
 
 
 def record(example: Example, tokens: Tokens) -> dict[str, Any]:
@@ -84,6 +104,7 @@ def record(example: Example, tokens: Tokens) -> dict[str, Any]:
         "step_position": None if steps is None else [position for position, _ in steps],
         "step_reward": None if steps is None else [reward for _, reward in steps],
         "reward": example.reward,
+        "value": example.value,
         "group": example.group,
         "file": example.source.file,
         "row": example.source.row,
@@ -116,7 +137,7 @@ def open_rows(path: Path, fingerprint: str) -> Rows:
 
 
 def _index(table: pa.Table, fingerprint: str) -> Rows:
-    reward = np.array(table["reward"].to_numpy(), dtype=np.float64)
+    reward, value = (np.array(table[name].to_numpy(), dtype=np.float64) for name in ("reward", "value"))
     length = np.zeros(table.num_rows, dtype=np.int64)
     trained = np.zeros(table.num_rows, dtype=np.int64)
     start = 0
@@ -127,7 +148,8 @@ def _index(table: pa.Table, fingerprint: str) -> Rows:
         flat = np.concatenate([[0], np.cumsum(np.asarray(chunk.flatten().cast(pa.int8()), dtype=np.int64))])
         trained[here] = flat[ends] - flat[ends - length[here]]
         start += len(chunk)
-    return Rows(table, fingerprint, reward, _group_ids(table), length, trained)
+    where = np.arange(table.num_rows, dtype=np.int64)
+    return Rows(table, where, fingerprint, reward, value, _group_ids(table), length, trained)
 
 
 def _group_ids(table: pa.Table) -> NDArray[np.int64]:

@@ -1,15 +1,16 @@
-"""One copy of a prompt for all its completions in a micro-batch: rows become trees of tokens.
+"""One copy of a prompt for all its completions in a micro-batch.
 
-The trunk of a tree is the prompt up to the token that predicts the first trained target; each
-row is a branch. A position sees its own tree's trunk and its own branch, and counts its place
-from the start of the prompt, so hidden states and gradients are those of separate rows. Trees
-are packed into sequences as long as the largest of them, under one attention mask.
+The trunk holds each distinct prompt once, up to the input that predicts the first trained
+target; the branches hold what follows in each row. Branches continue the keys and values of
+their trunk, which is what generation does, with gradients: hidden states and gradients are
+those of separate rows. For a group of G completions of length C behind a prompt of length P
+that is P + GC inputs instead of G (P + C).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,117 +21,105 @@ from torch import Tensor
 
 from rwft.errors import PolicyError
 
-SAFETY = 1.15  # how much cheaper trees must be, by count, before they are used: a count is no clock
-PAIR_COST = 4.0  # a product in attention with a mask takes as long as so many in a linear layer
+SAFETY = 1.15  # how much cheaper sharing must be, by count, before it is used: a count is no clock
+PAIR_COST = 1.5  # a multiplication in attention takes as long as so many in a linear layer
 FAMILIES = frozenset(
-    {"llama", "qwen2", "qwen3", "mistral", "gpt2", "phi", "phi3", "gemma", "olmo2", "granite", "smollm3"}
+    {"cohere", "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3"}
+    | {"smollm3", "stablelm", "starcoder2"}
 )
-"""Model types whose layers see other positions through attention alone, and places through `position_ids` alone."""
+"""Model types for which sharing was proven; what they keep of a prompt is keys and values alone."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """`s` sequences of `t` inputs that hold trees; what is `(s t)` is int64, and 0 or -1 where nothing is.
+    """`d` prompts, padded on the right to `p`, and `b` rows behind them, padded on the right to `c`; int64.
 
-    `trained (n)`: where, in the flat `(s t)`, the hidden states of the trained targets are, in the order of rows.
+    `trained (n)`: where the hidden states of the trained targets are, in the order of rows, in the
+    trunk's `(d p)` followed by the branches' `(b c)`, both flat.
     """
 
-    ids: Tensor  # (s t)
-    positions: Tensor  # (s t), from the start of the prompt
-    tree: Tensor  # (s t), which tree of the sequence
-    branch: Tensor  # (s t), 0 for the trunk
+    trunk: Tensor  # (d p), ids
+    length: Tensor  # (d), of each prompt
+    branches: Tensor  # (b c), ids
+    prompt: Tensor  # (b), which prompt
     trained: Tensor  # (n)
+    padded: bool  # whether any prompt has padding behind it
 
     def to(self, device: torch.device) -> Shared:
         """The same on another device."""
-        return Shared(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = (self.trunk, self.length, self.branches, self.prompt, self.trained)
+        return Shared(*(tensor.to(device, non_blocking=True) for tensor in tensors), padded=self.padded)
 
-    def sees(self) -> Tensor:
-        """`(s t), (s t) -> (s 1 t t)`: whether a query (third axis) sees a key (fourth): its past in trunk and branch."""
-        tree, branch = self.tree, self.branch
-        same_tree = rearrange(tree, "s q -> s 1 q 1") == rearrange(tree, "s k -> s 1 1 k")
-        own = rearrange(branch, "s q -> s 1 q 1") == rearrange(branch, "s k -> s 1 1 k")
-        trunk = rearrange(branch == 0, "s k -> s 1 1 k")
-        return (same_tree & (own | trunk)).tril_()
+    def hidden(self, base_model: Any) -> Tensor:
+        """`(n h)`: last hidden states of a Hugging Face base model at the trained targets."""
+        p, c = self.trunk.shape[1], self.branches.shape[1]
+        out = base_model(input_ids=self.trunk, use_cache=c > 0)
+        states = [rearrange(out.last_hidden_state, "d p h -> (d p) h")]
+        if c > 0:
+            places = torch.arange(p + c, device=self.trunk.device)
+            length = self.length[self.prompt, None]  # (b 1)
+            out = base_model(
+                input_ids=self.branches,
+                position_ids=length + places[:c],
+                attention_mask=((places < length) | (places >= p)).long() if self.padded else None,  # (b p+c)
+                past_key_values=_continued(out.past_key_values, self.prompt),
+                use_cache=True,
+            )
+            states.append(rearrange(out.last_hidden_state, "b c h -> (b c) h"))
+        return torch.cat(states)[self.trained]
+
+
+def _continued(cache: Any, prompt: Tensor) -> Any:
+    """Keys and values of each row's prompt; gradients of rows add up in their prompt's."""
+    for layer in cache.layers:
+        layer.keys, layer.values = (x.index_select(0, prompt) for x in (layer.keys, layer.values))
+    return cache
 
 
 class Branch(NamedTuple):
-    """One row: its inputs behind the prompt, and which targets from the first trained one on are trained."""
+    """One row: which prompt, its inputs behind it, and which targets from the first trained one on are trained."""
 
-    row: int
+    prompt: int
     ids: Sequence[int]
     mask: NDArray[np.bool_]
 
 
-class Tree(NamedTuple):
-    """Rows that continue the same prompt."""
-
-    prompt: tuple[int, ...]
-    branches: list[Branch]
-
-    @property
-    def size(self) -> int:
-        """Inputs that it takes."""
-        return len(self.prompt) + sum(len(branch.ids) for branch in self.branches)
-
-
-def grow(ids: Sequence[Sequence[int]], mask: Sequence[Sequence[float]]) -> list[Tree]:
-    """Rows of `t+1` ids and `t` mask values as trees, one for each prompt; untrained rows and ends are left out."""
-    trees: dict[tuple[int, ...], Tree] = {}
-    for row, (tokens, wanted) in enumerate(zip(ids, mask, strict=True)):
+def divide(ids: Sequence[Sequence[int]], mask: Sequence[Sequence[float]]) -> tuple[list[tuple[int, ...]], list[Branch]]:
+    """Rows of `t+1` ids and `t` mask values -> distinct prompts and branches; untrained rows and ends are left out."""
+    prompts: dict[tuple[int, ...], int] = {}
+    branches: list[Branch] = []
+    for tokens, wanted in zip(ids, mask, strict=True):
         trained = np.asarray(wanted) > 0
         places = np.flatnonzero(trained)
         if len(places):
             first, last = int(places[0]), int(places[-1])
-            prompt = tuple(tokens[: first + 1])
-            branch = Branch(row, tokens[first + 1 : last + 1], trained[first : last + 1])
-            trees.setdefault(prompt, Tree(prompt, [])).branches.append(branch)
-    return list(trees.values())
+            prompt = prompts.setdefault(tuple(tokens[: first + 1]), len(prompts))
+            branches.append(Branch(prompt, tokens[first + 1 : last + 1], trained[first : last + 1]))
+    return list(prompts), branches
 
 
-def pack(trees: Sequence[Tree]) -> list[list[Tree]]:
-    """First fit, largest first: trees to sequences as long as the largest tree."""
-    most = max(tree.size for tree in trees)
-    packed: list[list[Tree]] = []
-    for tree in sorted(trees, key=lambda tree: -tree.size):
-        place = next((trees for trees in packed if sum(t.size for t in trees) + tree.size <= most), None)
-        if place is None:
-            packed.append([tree])
-        else:
-            place.append(tree)
-    return packed
-
-
-def lay_out(packed: Sequence[Sequence[Tree]]) -> Shared:
-    """Packed trees as tensors."""
-    width = max(sum(tree.size for tree in trees) for trees in packed)
-    ids, positions, branch = (np.zeros((len(packed), width), dtype=np.int64) for _ in range(3))
-    which = np.full((len(packed), width), -1, dtype=np.int64)
-    trained: dict[int, NDArray[np.int64]] = {}
-    for s, trees in enumerate(packed):
-        start = 0
-        for number, tree in enumerate(trees):
-            trunk = len(tree.prompt)
-            which[s, start : start + tree.size] = number
-            ids[s, start : start + trunk] = tree.prompt
-            positions[s, start : start + trunk] = np.arange(trunk)
-            root, start = s * width + start + trunk - 1, start + trunk
-            for k, (row, tokens, mask) in enumerate(tree.branches):
-                here = slice(start, start + len(tokens))
-                ids[s, here], branch[s, here] = tokens, k + 1
-                positions[s, here] = trunk + np.arange(len(tokens))
-                trained[row] = np.append(root, s * width + np.arange(here.start, here.stop))[mask]
-                start = here.stop
-    order = np.concatenate([trained[row] for row in sorted(trained)])
-    return Shared(*map(torch.from_numpy, (ids, positions, which, branch, order)))
+def lay_out(prompts: Sequence[tuple[int, ...]], branches: Sequence[Branch]) -> Shared:
+    """Prompts and branches as tensors."""
+    p, c = max(map(len, prompts)), max(len(branch.ids) for branch in branches)
+    trunk, rest = np.zeros((len(prompts), p), dtype=np.int64), np.zeros((len(branches), c), dtype=np.int64)
+    length = np.array(list(map(len, prompts)), dtype=np.int64)
+    for index, prompt in enumerate(prompts):
+        trunk[index, : len(prompt)] = prompt
+    trained: list[NDArray[np.int64]] = []
+    for index, branch in enumerate(branches):
+        rest[index, : len(branch.ids)] = branch.ids
+        root, behind = branch.prompt * p + length[branch.prompt] - 1, trunk.size + index * c
+        trained.append(np.append(root, behind + np.arange(len(branch.ids)))[branch.mask])
+    arrays = (trunk, length, rest, np.array([branch.prompt for branch in branches]), np.concatenate(trained))
+    return Shared(*map(torch.from_numpy, arrays), padded=bool((length < p).any()))
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Rows of a micro-batch -> trees where they cost less, by operations counted for this model; else None.
+    """Rows of a micro-batch -> `Shared` where that costs less, by multiplications counted for this model; else None.
 
-    `position` counts the multiplications of the trunk of the model for one input, `pair` those of
-    attention for one query and key. With `always`, trees are made wherever two rows share a prompt.
+    `position` counts those of the trunk of the model for one input, `pair` those of attention for
+    one query and key. With `always`, prompts are shared wherever two rows have the same one.
     """
 
     position: float
@@ -138,37 +127,40 @@ class Sharing:
     always: bool = False
 
     def __call__(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[float]]) -> Shared | None:
-        trees = grow(ids, mask)
-        if len(trees) == sum(len(tree.branches) for tree in trees):
+        prompts, branches = divide(ids, mask)
+        if len(prompts) == len(branches):
             return None
-        packed = pack(trees)
-        if not self.always and self.cost_of_trees(packed) * SAFETY > self.cost_of_rows(list(map(len, mask))):
-            return None
-        return lay_out(packed)
+        if not self.always:
+            p, c = max(map(len, prompts)), max(len(branch.ids) for branch in branches)
+            if self.shared(len(prompts), p, len(branches), c) * SAFETY > self.separate(len(mask), max(map(len, mask))):
+                return None
+        return lay_out(prompts, branches)
 
-    def cost_of_rows(self, lengths: Sequence[int]) -> float:
-        """Padded rows under a causal mask, of which kernels skip the upper half."""
-        inputs, width = len(lengths) * max(lengths), max(lengths)
-        return inputs * (self.position + 0.5 * width * self.pair)
+    def separate(self, b: int, t: int) -> float:
+        """`b` rows padded to `t`, under a causal mask, of which kernels skip the upper half."""
+        return b * t * (self.position + 0.5 * t * self.pair * PAIR_COST)
 
-    def cost_of_trees(self, packed: Sequence[Sequence[Tree]]) -> float:
-        """Sequences under a mask that kernels read whole."""
-        width = max(sum(tree.size for tree in trees) for trees in packed)
-        return len(packed) * width * (self.position + width * self.pair * PAIR_COST)
+    def shared(self, d: int, p: int, b: int, c: int) -> float:
+        """`d` prompts padded to `p`, then `b` branches padded to `c` that see prompt and branch."""
+        return self.separate(d, p) + b * c * (self.position + (p + c) * self.pair * PAIR_COST)
 
 
-def sharing(mode: str, models: Sequence[Any]) -> Sharing | None:
-    """What `data.share_prompts: auto | on | off` means for Hugging Face causal LMs that see the same batches.
+def sharing(mode: str, models: Sequence[Any], *, spread: bool = False) -> Sharing | None:
+    """What `data.share_prompts: auto | always | never` means for Hugging Face causal LMs that see the same batches.
 
-    None where prompts are not shared. The first model decides what is cheaper. Raises PolicyError
-    under `on` for a model whose hidden states would not be those of separate rows.
+    None where prompts are not shared. The first model decides what is cheaper. `spread` tells that
+    weights are spread over ranks. Under `auto` float64 models, which are for checking, keep rows
+    apart: norms round to float32 inside, so the order of sums would show. Raises PolicyError
+    under `always` for a model for which sharing was not proven.
     """
-    reason = next(filter(None, (refusal(model.config) for model in models)), None)
-    if mode == "on" and reason is not None:
-        raise PolicyError(f"data.share_prompts: on, but {reason}; use auto or off")
-    if mode == "off" or reason is not None:
+    reason = next(filter(None, map(refusal, models)), None)
+    if spread:  # gathering weights is a collective of each pass through the layers
+        reason = "weights are spread over ranks, which must all pass through the layers equally often"
+    if mode == "always" and reason is not None:
+        raise PolicyError(f"data.share_prompts: always, but {reason}; use auto or never")
+    if mode == "never" or reason is not None or (mode == "auto" and models[0].dtype == torch.float64):
         return None
-    return cost_model(models[0], always=mode == "on")
+    return cost_model(models[0], always=mode == "always")
 
 
 def cost_model(model: Any, *, always: bool = False) -> Sharing:
@@ -181,18 +173,18 @@ def cost_model(model: Any, *, always: bool = False) -> Sharing:
     return Sharing(position=weights, pair=2 * config.num_hidden_layers * width, always=always)
 
 
-def refusal(config: Any) -> str | None:
+def refusal(model: Any) -> str | None:
     """Why rows of this model cannot share a prompt, or None."""
+    config = model.config
     if config.model_type not in FAMILIES:
-        return f"model type '{config.model_type}' is not known to see other positions through plain attention alone"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or (
-        getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    ):
-        return "its attention slides over a window, which counts places in the sequence"
+        return f"it was not proven for model type '{config.model_type}'"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"it was not proven for attention '{config._attn_implementation}', but for sdpa and eager"
     rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        return f"its positions are scaled by the length of the batch ({rope['rope_type']})"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"attention '{config._attn_implementation}' takes no mask of pairs; expected sdpa or eager"
+        return f"the model's positions are scaled by the length of the batch ({rope['rope_type']})"
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return "the model's attention slides over a window, which counts padding"
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "model.gradient_checkpointing keeps no keys and values"
     return None

@@ -281,7 +281,7 @@ def _as_logged(example: Example, answer: Answer) -> Answer | None:
     logged, ours = example.behavior_logp, answer.trained
     if logged is None:
         raise DataError(
-            f"{example.source}: no log-probabilities of the behaviour policy, which the objective reads; "
+            f"{example.source}: no log-probabilities of the behaviour policy, which the objective or evaluate.off_policy reads; "
             "give one per completion token, or choose an objective that reads ref_logp"
         )
     shorter = ours[:-1] if answer.ended else ours

@@ -91,6 +91,40 @@ def future(quality: Tensor, after_end: float, horizon: int, discount: float) -> 
     return (ahead * discount**steps).sum(dim=-1)
 
 
+def to_go(reward: Tensor, mask: Tensor, discount: float) -> Tensor:
+    r"""`(b t), (b t) -> (b t)`: $\sum_{j \ge t} \gamma^{j-t} r_j$ over trained tokens, which alone are counted.
+
+    By doubling: sums over 1, 2, 4, ... positions, each with the discount of the positions that it spans.
+    """
+    trained = mask > 0
+    total, decay = reward.where(trained, 0.0), torch.ones_like(reward).where(~trained, discount)
+    for span in (2**power for power in range(reward.shape[1].bit_length())):
+        total = total + decay * torch.nn.functional.pad(total, (0, span))[:, span:]
+        decay = decay * torch.nn.functional.pad(decay, (0, span))[:, span:]
+    return total
+
+
+@objective
+def implicit_reward(
+    aux_logp: Tensor, ref_logp: Tensor, mask: Tensor, *, beta: Positive = 0.05, discount: Fraction = 1.0
+) -> Tensor:
+    r"""Rewards of a preference-trained model: $w_t = \sum_{j \ge t} \gamma^{j-t} \beta \log (\pi_\phi / \pi_{ref})_j$.
+
+    Why: a model trained by DPO from a reference is a reward model, $\beta \log \pi_\phi / \pi_{ref}$ up to a number per
+    prompt, and the sum over tokens says what each adds. The weight of a token is the discounted return of those
+    rewards from it on: a policy gradient with dense credit from two frozen models, and no verdict on the data.
+    Limits: discount 0 is the token's own reward; the auxiliary model equal to the reference trains nothing; at
+    discount 1 the first token's weight is DPO's implicit reward of the completion.
+    Negative rewards: wherever $\pi_\phi$ likes the rest less than the reference does, it pushes away without bound;
+    [dft, implicit_reward] does not, and [tis, implicit_reward] corrects for who wrote the data.
+    Reference: DPO, arXiv 2305.18290 (the reward); PRIME, arXiv 2502.01456 (per token; beta 0.05 as in its code).
+    `auxiliary:` is the trained model, `reference:` the one that its training started from.
+    Warning: PRIME adds the outcome's leave-one-out advantage, divides by the batch's largest return and trains
+    $\pi_\phi$ beside the policy; here it is frozen, and the weight is the return alone.
+    """
+    return to_go(beta * (aux_logp - ref_logp), mask, discount)
+
+
 @objective
 def gold_s(
     old_logp: Tensor,
@@ -109,7 +143,8 @@ def gold_s(
     step, DFT.
     Negative rewards: not read. [gold_s, reinforce] uses them, tapered down to the floor.
     Reference: arXiv 2009.07839 (GOLD-s); the MLE model is `reference:`, the lagged policy the snapshot.
-    Warning: the return is cut at 5 tokens as in the authors' code (the paper sums to the end); tokens past the end
+    Warning: the return is cut at 5 tokens as in the authors' code (the paper sums to the end); the default discount of
+    1 is ours (what their scripts set was not found); tokens past the end
     or not trained count as p = 1. The code's smoothing term is not weighted; there is none here. TRL's GOLD
     is another method.
     """
@@ -163,7 +198,8 @@ def a_lol(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, cl
     Limits: clip 0, or the policy at its start, is a_lol_ref_free.
     Negative rewards: rows with a negative advantage are dropped.
     Reference: arXiv 2305.14718; epsilon 0.9 as in its code; with normalize: sequence_sum.
-    Warning: the advantage should be the reward less a value of the prompt under the reference. Sampling rows by
+    Warning: the advantage should be the reward less a value of the prompt under the reference: a column of the data
+    and `credit: {baseline: value}`, or the mean of the prompt's completions. Sampling rows by
     their advantage as well, as the code can, would weigh them by its square.
     Failures: for long completions K is at one of its bounds nearly always.
     """

@@ -83,7 +83,7 @@ def rpo(
     Why: the likelihood term keeps the chosen completion from losing probability along with the rejected one.
     Limits: alpha = 0 is dpo.
     Negative rewards: only their order counts.
-    Reference: arXiv 2404.19733. Other papers call other losses RPO.
+    Reference: arXiv 2404.19733. Other papers call other losses RPO. The default alpha is ours.
     """
     wins = preferred(reward, group)
     length = mask.sum(dim=1, keepdim=True).clamp(min=1)

@@ -166,6 +166,22 @@ def vespo(
 
 
 @objective
+def off_policy_mask(
+    logp: Tensor, behavior_logp: Tensor, advantage: Tensor, mask: Tensor, *, delta: NonNegative = 0.5
+) -> Tensor:
+    r"""Off-policy sequence masking, a factor: $w = 0$ if $A < 0$ and $\mathrm{mean}_t(-\log \rho_t) > \delta$, else 1.
+
+    Why: a bad completion that the policy would hardly write any more has nothing left to teach, and pushes where
+    nothing holds. It reads the sign of the advantage alone, so it multiplies: [off_policy_mask, ppo_clip].
+    Limits: at $\pi = \mu$, or delta beyond every gap, it is 1; topr_geometric with a step in place of the taper.
+    Negative rewards: dropped whole once the policy has left them by delta nats per token.
+    Reference: DeepSeek-V3.2, as in TRL, from which delta is.
+    """
+    gone = (advantage < 0) & (-mean_log_ratio(logp, behavior_logp, mask) > delta)
+    return (~gone).to(logp.dtype)
+
+
+@objective
 def topr(logp: Tensor, behavior_logp: Tensor, reward: Tensor, mask: Tensor) -> Tensor:
     r"""Tapered off-policy REINFORCE: $w = r$ if $r > 0$, else $r \min(\prod_t \rho_t, 1)$.
 
@@ -214,7 +230,8 @@ def nft(
     Limits: negative = 0 is filtered_bc. At $\pi = \mu$ with sqrt it is GRPO's standardised advantage, exactly.
     Negative rewards: rewards are read as right (> 0.5) or wrong; wrong ones vanish as $\rho \to 0$.
     Reference: arXiv 2505.18116; epsilon floors $n_t$ in the value while its gradient passes, as in the code.
-    Warning: the success rate is the mean reward of the group: give rewards of 0 and 1.
+    Warning: the success rate is the mean reward of the group: give rewards of 0 and 1. The default floor of 1 is
+    ours: it never lets a wrong token weigh more than it does at the policy that wrote it, times its ratio.
     """
     rate = group_mean.clamp(0.02, 0.98)
     rho = ratio(logp, behavior_logp)

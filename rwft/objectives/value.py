@@ -14,6 +14,12 @@ from rwft.objectives.logspace import sequence_log_ratio
 from rwft.weighting import objective
 
 
+def suffix_residual(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, beta: float) -> Tensor:
+    r"""`(b t), (b t), (b 1 | b t), (b t) -> (b t)`: $A_t - \beta \sum_{j \ge t} \log k_j$ over trained tokens."""
+    log_ratio = (logp - ref_logp).where(mask > 0, 0.0)
+    return advantage - beta * log_ratio.flip(1).cumsum(1).flip(1)
+
+
 @objective
 def dro(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, temperature: Positive = 1.0) -> Tensor:
     r"""Direct reward optimisation: $w = \tau (A - \tau \log K)$, $\log K = \log \pi(y) - \log \pi_{ref}(y)$.
@@ -25,10 +31,25 @@ def dro(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, temp
     Negative rewards: pushed until the log ratio accounts for them, then held.
     Reference: arXiv 2405.19107 (DRO-V), the policy's loss.
     Warning: the paper trains V beside the policy; here $A = r - V$ is the advantage, with the baseline of
-    `data.credit` for V (the optimum's is a soft maximum, a little above the mean). Other methods are called DRO
-    too (verl's adds $- \beta \log \rho_t$ to a token's advantage).
+    `data.credit` for V: `value`, if the data bring one per row, or a mean (the optimum's is a soft maximum, a
+    little above it). Other methods are called DRO too; verl's is dro_token.
     """
     return temperature * (advantage - temperature * sequence_log_ratio(logp, ref_logp, mask))
+
+
+@objective
+def dro_token(logp: Tensor, behavior_logp: Tensor, advantage: Tensor, *, beta: NonNegative = 0.1) -> Tensor:
+    r"""DRO by tokens: $w_t = A - \beta \log \rho_t$, $\rho_t = \pi / \mu$.
+
+    Why: the gradient of $A \log \pi - \frac{\beta}{2} (\log \rho)^2$: reinforce with a spring on every token's log
+    ratio to the behaviour policy, in place of a clip.
+    Limits: beta = 0, or $\pi = \mu$, is reinforce; for one token, and the reference for $\mu$, it is dro at
+    temperature beta, over beta.
+    Negative rewards: pushed until $\log \rho = A / \beta$, then held.
+    Reference: the loss `dro` of verl, which is not arXiv 2405.19107's (dro here).
+    Warning: the default of beta is ours.
+    """
+    return advantage - beta * (logp - behavior_logp)
 
 
 @objective
@@ -68,11 +89,20 @@ def oreo(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, bet
     Limits: for one token it is twice dro at temperature beta; beta = 0 trains nothing.
     Negative rewards: pushed until the log ratio accounts for them, then held.
     Reference: arXiv 2412.16145; its mean over positions is normalize: sequence.
-    Warning: the paper trains $V_t$ beside the policy; here $A_t = r - V_t$ is the advantage: of the sequence, or of
-    positions if the data give step rewards (`credit: {steps: own}`).
+    Warning: the paper trains $V_t$ beside the policy; here $A_t = r - V_t$ is the advantage: of the sequence (`credit:
+    {baseline: value}` takes V from the data), or of positions if the data give step rewards (`{steps: own}`).
     """
-    trained = mask > 0
-    log_ratio = (logp - ref_logp).where(trained, 0.0)
-    to_go = log_ratio.flip(1).cumsum(1).flip(1)
-    residual = (advantage - beta * to_go).where(trained, 0.0)
-    return 2 * beta * residual.cumsum(1)
+    return 2 * beta * suffix_residual(logp, ref_logp, advantage, mask, beta).where(mask > 0, 0.0).cumsum(1)
+
+
+@objective
+def oreo_token(logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor, *, beta: NonNegative = 0.03) -> Tensor:
+    r"""OREO's DRO variant: $w_t = 2 \beta \delta_t$, $\delta_t = A_t - \beta \sum_{j \ge t} \log k_j$.
+
+    Why: oreo with each residual credited to its own token alone; the rest of the suffix is held constant.
+    Limits: for one token it is oreo; at $\pi = \pi_{ref}$ it is reinforce times twice beta.
+    Negative rewards: pushed until the log ratio of the rest accounts for them, then held.
+    Reference: arXiv 2412.16145, a variant in its code; its mean over positions is normalize: sequence.
+    Warning: as for oreo, whose values the data must give.
+    """
+    return 2 * beta * suffix_residual(logp, ref_logp, advantage, mask, beta)

@@ -8,7 +8,7 @@ An adapter of one's own is a few lines in a file, selected as `adapter: mine.py:
         yield Example(row["question"], row["answer"], source, reward=float(row[reward]))
 """
 
-from rwft.data.adapters import demonstrations, pairs, scores, stepwise
+from rwft.data.adapters import demonstrations, dumps, pairs, scores, stepwise, transitions
 from rwft.data.adapters.contract import Coerced, Dropped, adapter
 from rwft.data.adapters.detection import Choice, choose, detect
 from rwft.data.adapters.reading import Examples, read_examples
@@ -22,8 +22,10 @@ __all__ = [
     "choose",
     "demonstrations",
     "detect",
+    "dumps",
     "pairs",
     "read_examples",
     "scores",
     "stepwise",
+    "transitions",
 ]

@@ -25,7 +25,28 @@ JUDGEMENT = re.compile(
 CONTENT = {"completion", "response", "generation", "output", "message", "conversation"}
 CONTENT |= {"system", "history", "tool", "image"}
 TALK = {"text", "messages", "texts", "turns", "conversations", "mapping", "mappings", "lists"}
-HARMLESS = {"preference": {"messages"}}  # repeats the chosen conversation
+HARMLESS = {
+    "preference": {"messages"},  # repeats the chosen conversation
+    "open_instruct": {"advantage"},  # credit is assigned anew
+    "nemo_rollouts": {"advantages", "prev_logprobs", "content"},
+    "trl_completions": {"advantage"},
+    "halos_pairwise": {"reward_difference"},
+}
+# What the writer of a dump left out, and the description says. Its columns never go by other names.
+NOT_LOGGED = {
+    "open_instruct": "which tokens are tool outputs",
+    "verl_rollouts": "chat markup, token ids, log-probabilities, how completions ended",
+    "trl_completions": "chat markup, token ids, log-probabilities, how completions ended, the total reward",
+    "openrlhf": "token ids, log-probabilities, group ids, how completions ended",
+    "trlx": "token ids, log-probabilities, group ids, how completions ended",
+    "halos_binary": "token ids, log-probabilities, how completions ended",
+    "halos_pairwise": "token ids, log-probabilities, how completions ended",
+    "nemo_rollouts": "group ids, finish reasons (the last token tells)",
+    "minari": "log-probabilities",
+    "d4rl": "log-probabilities",
+}
+EXAMPLES = {"tokenizer": "path/to/model"}  # of settings that are neither a column nor weights of columns
+VERL_PROMPTS = {"data_source", "prompt", "reward_model"}
 SYNONYMS = (
     ("prompt", "question", "instruction", "query", "problem", "input", "context"),
     ("completion", "response", "answer", "output", "solution", "generation"),
@@ -52,7 +73,8 @@ class Choice:
         """One sentence: the format, column -> role, the ignored columns."""
         read = ", ".join(f"{name} -> {role}" for role, name in self.columns.items())
         ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
-        return f"{self.name}: {read or 'its own columns'}{ignored}"
+        missing = f"; not logged: {NOT_LOGGED[self.name]}" if self.name in NOT_LOGGED else ""
+        return f"{self.name}: {read or 'its own columns'}{ignored}{missing}"
 
     @property
     def line(self) -> str:
@@ -85,7 +107,18 @@ def detect(rows: Sequence[Row]) -> Choice:
     if fitting:
         lines = " or ".join(f"`{choice.line}`" for choice in fitting)
         raise DataError(f"adapter: the columns {_list(columns)} fit several formats, expected one; write {lines}")
+    _check_completions(columns)
     raise DataError(f"adapter: the columns {_list(columns)} fit no format; {_nearest(columns)}")
+
+
+def _check_completions(columns: Columns) -> None:
+    """Refuse the prompts that verl draws rollouts for: they have answers to compare with, but nothing to train on."""
+    told = {*CONTENT, *(f"{name}s" for name in CONTENT)} & set(columns)
+    if columns.keys() >= VERL_PROMPTS and not told:
+        raise DataError(
+            f"adapter: the columns {_list(columns)} are verl's prompts for RL, which hold no completion, expected "
+            "rollouts: sample them first, or read verl's own, `adapter: verl_rollouts` on trainer.rollout_data_dir"
+        )
 
 
 def choose(entry: Entry, given: Mapping[str, Any], rows: Sequence[Row]) -> Choice:
@@ -197,13 +230,24 @@ def _check_required(entry: Entry, settings: Mapping[str, Any], columns: Columns)
     """A setting without default that is not a column needs a look at the columns to be chosen."""
     for name, setting in entry.settings.items():
         if setting.required and name not in settings:
-            numbers = [key for key, found in columns.items() if found and "number" in found]
+            if name in EXAMPLES:
+                line = yaml_line(entry.name, {**settings, name: EXAMPLES[name]})
+                raise DataError(
+                    f"adapter '{entry.name}': {name}: found none, expected {setting.describe()}; write `{line}`"
+                )
+            numbers = _weighable(entry, columns)
             example = ",".join(f"{key}=1" for key in numbers) or "..."
             line = yaml_line(entry.name, {**settings, name: example})
             raise DataError(
                 f"adapter '{entry.name}': {name}: found none, expected {setting.describe()}; "
                 f"the columns of numbers are {', '.join(numbers) or 'none'}; write for instance `{line}`"
             )
+
+
+def _weighable(entry: Entry, columns: Columns) -> list[str]:
+    """The columns of numbers that an adapter with weights of columns may weigh."""
+    others = {setting.default for setting in columns_of(entry).values()} | HARMLESS.get(entry.name, set())
+    return [name for name, found in columns.items() if found and "number" in found and name not in others]
 
 
 def _synonym(setting: ColumnSetting, columns: Columns) -> str | None:
@@ -225,7 +269,7 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
     free = dict(columns)
     wanted = columns_of(entry)
     for setting in (s for s in wanted.values() if not s.optional):
-        name = _find(setting, free)
+        name = _find(setting, free, entry.name not in NOT_LOGGED)
         if name is None:
             missing.append(f"{setting.name} ({' or '.join(setting.holds.kinds)})")
             continue
@@ -236,17 +280,19 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
     needs = [name for name, s in entry.settings.items() if s.required and name not in wanted]
     missing += needs
     left = _left_over(entry, list(free), columns)
+    if "weights" in needs:
+        left = [name for name in left if name not in _weighable(entry, columns)]
     if missing:
         return (len(missing), len(left), renamed), f"{entry.name} lacks {', '.join(missing)}"
     ignoring = f" (ignores {', '.join(left)})" if left else ""
     return (0, len(left), renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
 
 
-def _find(setting: ColumnSetting, columns: Columns) -> str | None:
+def _find(setting: ColumnSetting, columns: Columns, renamed: bool) -> str | None:
     name = setting.default
     if name is not None and name in columns and _holds(setting, columns[name]):
         return name
-    return _synonym(setting, columns)
+    return _synonym(setting, columns) if renamed else None
 
 
 def _list(columns: Columns) -> str:

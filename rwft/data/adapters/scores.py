@@ -62,6 +62,7 @@ def scored(
     prompt: Content = "prompt",
     completion: Content = "completion",
     reward: Number = "reward",
+    value: Number | None = None,
     group: Key | None = None,
     answer: Answer | None = None,
     logprobs: Numbers | None = None,
@@ -69,13 +70,14 @@ def scored(
     finish_reason: Finish | None = None,
     text_numbers: bool = False,
 ) -> Iterator[Yield]:
-    """A completion and its reward; with it, if logged, what the behaviour policy's probabilities were."""
-    value = column(row, reward)
-    if text_numbers and isinstance(value, str):
+    """A completion, its reward and, if logged, what a critic expected (`value`) and the behaviour's probabilities."""
+    rated = column(row, reward)
+    if text_numbers and isinstance(rated, str):
         yield Coerced(READ_AS_NUMBER)
-        value = number_or_text(value, reward)
+        rated = number_or_text(rated, reward)
     sides = (prompt, column(row, prompt)), (completion, column(row, completion))
-    example = _example(row, source, *sides, group, answer, number(value, reward, AS_TEXT))
+    example = _example(row, source, *sides, group, answer, number(rated, reward, AS_TEXT))
+    example = _valued(example, str(value), optional(row, value))
     logged = [(name, optional(row, name)) for name in (logprobs, token_ids, finish_reason)]
     yield from _logged(example, *logged)
 
@@ -108,6 +110,7 @@ def rollouts(
     prompt: Content = "prompt",
     completions: Contents = "completions",
     rewards: Numbers = "rewards",
+    values: Numbers | None = None,
     group: Key | None = None,
     answer: Answer | None = None,
     logprobs: ManyNumbers | None = None,
@@ -117,16 +120,18 @@ def rollouts(
 ) -> Iterator[Yield]:
     """Many completions of one prompt, with lists of the same length beside them."""
     replies = items(column(row, completions), completions)
-    values = parallel(column(row, rewards), rewards, len(replies), completions)
+    scores = parallel(column(row, rewards), rewards, len(replies), completions)
+    expected = _beside(row, values, len(replies), completions)
     extras = [_beside(row, name, len(replies), completions) for name in (logprobs, token_ids, finish_reasons)]
     question = (prompt, column(row, prompt))
-    for i, (reply, given) in enumerate(zip(replies, values, strict=True)):
-        field, value = f"{rewards}[{i}]", given
-        if text_numbers and isinstance(value, str):
+    for i, (reply, given) in enumerate(zip(replies, scores, strict=True)):
+        field, rated = f"{rewards}[{i}]", given
+        if text_numbers and isinstance(rated, str):
             yield Coerced(READ_AS_NUMBER)
-            value = number_or_text(value, field)
-        rated = number(value, field, AS_TEXT)
-        example = _example(row, source, question, (f"{completions}[{i}]", reply), group, answer, rated)
+            rated = number_or_text(rated, field)
+        reward = number(rated, field, AS_TEXT)
+        example = _example(row, source, question, (f"{completions}[{i}]", reply), group, answer, reward)
+        example = _valued(example, f"{expected[0]}[{i}]", expected[1][i])
         yield from _logged(example, *[(f"{name}[{i}]", item[i]) for name, item in extras])
 
 
@@ -250,6 +255,11 @@ def _example(
     solution = optional(row, expected)
     known = None if solution is None else key(solution, str(expected))
     return Example(question, reply, source, reward=reward, group=name, answer=known)
+
+
+def _valued(example: Example, field: str, value: Any) -> Example:
+    """The example with what was expected of it, unless that is null."""
+    return example if value is None else dataclasses.replace(example, value=number(value, field))
 
 
 def _beside(row: Row, name: str | None, length: int, other: str) -> tuple[str, list[Any]]:
