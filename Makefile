@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test quick lint types format clean
+.PHONY: demo test quick soak lint types format clean
 
 demo: $(STAMP)  ## objectives against each other on an embedded offline task, with intervals and a plot
 	$(BIN)/rwft compare configs/demo.yaml
@@ -16,6 +16,9 @@ test: lint types  ## everything that must hold
 
 quick: $(STAMP)  ## the tests that take no more than a few seconds each
 	$(BIN)/python -m pytest -n auto -m "not slow and not distributed"
+
+soak: $(STAMP)  ## runs that are killed, stopped, damaged and starved at random moments
+	$(BIN)/python benchmarks/soak.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

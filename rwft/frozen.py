@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,20 @@ from numpy.typing import NDArray
 
 from rwft.config import Config
 from rwft.data.batching import Collate, Stored
-from rwft.data.logprobs import StoredLogp, cache_path, read_cached, row_logp, starts, write_cached
+from rwft.data.logprobs import (
+    StoredLogp,
+    cache_path,
+    length_batches,
+    part_path,
+    parts,
+    read_cached,
+    read_values,
+    row_logp,
+    starts,
+    write_cached,
+)
 from rwft.data.rows import Rows
+from rwft.data.shared import sharing
 from rwft.errors import ConfigError
 from rwft.policy import Policy, fingerprint, load_frozen
 from rwft.progress import Display
@@ -61,23 +73,46 @@ class FrozenModels:
 
     def logp(self, what: str, model: Policy, rows: Rows) -> StoredLogp:
         """Log-probabilities of every trained token of every row, from the cache if this model met these rows before."""
-        from accelerate.utils import gather_object
-
         path = cache_path(Path(self.config.cache).expanduser(), fingerprint(model), rows, self.config.model.dtype)
         found = read_cached(path, rows)
         self.accelerator.wait_for_everyone()
         if found is not None:
             self.display.say(f"{what} log-probabilities of {len(rows)} rows: from the cache")
             return found
-        mine = np.arange(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
-        plain = Collate(rows, frozenset(), pad=0, dtype=model.float_dtype)
-        tick = self.display.ticker(f"{what} log-probabilities", len(mine))
-        parts = gather_object([row_logp(model, plain, rows.length, mine, device=self.accelerator.device, tick=tick)])
-        merged = {index: values for part in parts for index, values in part.items()}
-        flat = np.concatenate([merged[index] for index in range(len(rows))])
+        tick = self.display.ticker(f"{what} log-probabilities", len(rows) // self.accelerator.num_processes)
+        pieces = [
+            self._part(model, rows, indices, part_path(path, number), tick)
+            for number, indices in enumerate(parts(rows))
+        ]
         if self.accelerator.is_main_process:
-            write_cached(path, flat)
-        return StoredLogp(flat, starts(rows))
+            write_cached(path, np.concatenate(pieces))
+            for number in range(len(pieces)):
+                part_path(path, number).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        return read_cached(path, rows) or StoredLogp(np.concatenate(pieces), starts(rows))
+
+    def _part(
+        self, model: Policy, rows: Rows, indices: NDArray[np.int64], file: Path, tick: Callable[[int], None]
+    ) -> NDArray[Any]:
+        """The values of one part's rows: from an interrupted run, or from all ranks, each its share."""
+        from accelerate.utils import gather_object
+
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        found = read_values(file, int(rows.trained[indices].sum()))
+        if found is not None:
+            tick(len(indices) // world)
+            return found
+        share = sharing(self.config.data.share_prompts, [model.causal])
+        plain = Collate(rows, frozenset(), pad=0, dtype=model.float_dtype, share=share)
+        group = None if share is None else rows.group
+        batches = length_batches(rows.length, indices, group)[rank::world]
+        mine = np.concatenate([*batches, np.empty(0, dtype=np.int64)])
+        here = row_logp(model, plain, rows.length, mine, device=self.accelerator.device, tick=tick, group=group)
+        merged = {index: values for part in gather_object([here]) for index, values in part.items()}
+        flat = np.concatenate([merged[int(index)] for index in indices])
+        if self.accelerator.is_main_process:
+            write_cached(file, flat)
+        return flat
 
 
 def nll_statistics(logp: StoredLogp, rows: Rows) -> Mapping[str, NDArray[Any]]:

@@ -111,10 +111,9 @@ class Training:
         rank = self.accelerator.process_index
         ahead = range(step, min(step + every, self.steps))
         mine = np.concatenate([part for s in ahead for part in self.plan.micro_batches(s, rank)])
-        indices, length = np.unique(mine).astype(np.int64), self.data.train.length
-        logp = row_logp(
-            self.policy, self.collate.plain(), length, indices, device=self.accelerator.device, tick=lambda _: None
-        )
+        indices, rows, plain = np.unique(mine).astype(np.int64), self.data.train, self.collate.plain()
+        group, device = None if plain.share is None else rows.group, self.accelerator.device
+        logp = row_logp(self.policy, plain, rows.length, indices, device=device, tick=lambda _: None, group=group)
         self.old_logp.clear()
         self.old_logp.update(logp)
 

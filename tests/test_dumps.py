@@ -374,10 +374,11 @@ def test_ids_that_no_text_has_are_dropped(tmp_path: Path) -> None:
     assert dropped(adapted("open_instruct", row, tokenizer=str(tmp_path))) == [UNSPELT]
 
 
-def test_a_leading_space_of_sentencepiece_survives() -> None:
+def test_the_space_that_sentencepiece_puts_first_is_none_of_the_completion() -> None:
     tokenizer = prefix_space("first")
-    q, seven = (tokenizer.convert_tokens_to_ids(t) for t in ("▁Q", "▁7"))
-    assert spelt(tokenizer, [q], [seven]) == ("Q", " 7")
+    q, spaced, seven = (tokenizer.convert_tokens_to_ids(t) for t in ("▁Q", "▁7", "7"))
+    assert spelt(tokenizer, [q], [spaced]) == ("Q", " 7")
+    assert spelt(tokenizer, [q], [seven]) == ("Q", "7")  # "7" alone would have a space before it
 
 
 def test_another_tokenizer_of_the_policy_drops_logged_rows() -> None:

@@ -96,6 +96,38 @@ def test_a_regularizer_trains_beside_dft(name: str, folder: Path, start: Paramet
     assert moved(folder, f"with_{name}", plain) > 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["iw_sft", "psft"])
+def test_a_policy_at_its_start_has_ratio_one(name: str, dtype: str, folder: Path) -> None:
+    """The frozen log-probabilities and those of the step come from other batches, and yet agree."""
+    line = run(folder, name, f"ratio_{name}_{dtype}", f"model.dtype={dtype}", "train.log_every=1")[0]
+    assert line["weight/min"] == pytest.approx(1, abs=1e-5)
+    assert line["weight/max"] == pytest.approx(1, abs=1e-5)
+
+
+SCALED = '''
+def plain(logp, reward):
+    """Some weights: $w = p e^r$."""
+    return logp.exp() * reward.exp()
+
+
+def scaled(logp, reward):
+    """The same, larger: $w = 64 p e^r$."""
+    return 64 * logp.exp() * reward.exp()
+'''
+
+
+def test_self_normalised_weights_have_no_scale(folder: Path) -> None:
+    """And under equal weights the loss is the mean NLL: they sum to 1."""
+    (folder / "scaled.py").write_text(SCALED)
+    for name in ("plain", "scaled"):
+        run(folder, f"{folder}/scaled.py:{name}", f"w_{name}", "train.normalize=weight", "train.clip=0")
+    final = load_file(folder / "w_plain" / "model" / "model.safetensors")
+    assert moved(folder, "w_scaled", final) < 1e-12
+    line = run(folder, "sft", "w_sft", "train.normalize=weight")[0]
+    assert line["loss/mean"] == pytest.approx(line["nll/mean"], rel=1e-12)
+
+
 PRODUCT = '''
 def product(logp, ref_logp, advantage, mask):
     """All three at once: $w = A 0.1 p / (p + 0.1)^2 e^A 1[gain <= 1/2]$."""

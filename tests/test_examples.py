@@ -22,3 +22,18 @@ def test_a_hand_written_loop_prefers_the_good_answers(root: Path) -> None:
     last = done.stdout.strip().splitlines()[-1]
     good, bad = map(float, re.findall(r"-?\d+\.\d+", last))
     assert good > -1.0 > bad + 1.0
+
+
+def test_a_trainer_with_a_reward_column_prefers_the_good_answers(root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/trainer.py"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    good, bad = map(float, re.findall(r"-?\d+\.\d+", last))
+    assert good > -1.0 > bad + 1.0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import rwft.loop as loop
+from rwft import loop
 from rwft.cli import main
 from rwft.config import ConfigError
 from rwft.errors import Interrupted, RwftError
@@ -67,9 +67,10 @@ def test_a_users_file_is_recorded_by_its_digest(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_records_both_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         signal_at(patch, 1, 15)
-        finished(tmp_path)
+        with pytest.raises(Interrupted):
+            finished(tmp_path)
     half = read_manifest(tmp_path / "run")
     assert "final" not in half
     manifest = finished(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import rwft.loop as loop
+from rwft import loop
 from rwft.cli import main
 from rwft.config import to_yaml
 from rwft.errors import PolicyError
@@ -109,7 +109,7 @@ def test_a_model_of_the_hub_is_looked_at_before_it_is_loaded(
     monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", config)
     for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         monkeypatch.setattr(loader, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
-    with pytest.raises(PolicyError, match="names code|names a kernel"):
+    with pytest.raises(PolicyError, match=r"names code|names a kernel"):
         train(tiny(tmp_path, "model.config=null", "model.path=some/model", "model.tokenizer=null"))
     assert asked == ["some/model"]
 
@@ -160,12 +160,12 @@ def go():
         pass
     rwft.loop.optimiser_step = right
     command("train", str(folder / "config.yaml"))
-    command("evaluate", str(folder / "run"), "evaluate.verifier=exact_match", "evaluate.max_new_tokens=4")
+    command("evaluate", str(folder / "run"), "evaluate.verifier={name: regex, pattern: a}", "evaluate.max_new_tokens=4")
     command("train", "--replay", str(folder / "run"), f"output={folder}/again")
 
 
 command("train", str(folder / "warm.yaml"))  # lazy imports happen here, before the hook is armed
-command("evaluate", str(folder / "warm"), "evaluate.verifier=exact_match", "evaluate.max_new_tokens=4")
+command("evaluate", str(folder / "warm"), "evaluate.verifier={name: regex, pattern: a}", "evaluate.max_new_tokens=4")
 armed = True
 if kind == "bites":
     import io, os, pickle, socket, subprocess

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import rwft.loop as loop
+from rwft import loop
 from rwft.config import Config, to_yaml
 from rwft.errors import ConfigError, DataError, NonFiniteError
 from rwft.loop import train
@@ -123,9 +123,11 @@ def test_a_reward_is_refused_by_the_reader(written: str, tmp_path: Path) -> None
 def test_the_dump_names_the_rows_and_holds_no_text(tmp_path: Path) -> None:
     """Two rows of eight have reward 2: the objective gives those inf, the others 0.5."""
     data = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"secret{i}", "completion": "words"[: 1 + i % 4], "reward": 2.0 * (i in (2, 5))} for i in range(8)]
+    rewards = [2.0 * (i in (2, 5)) for i in range(8)]
+    rows = [{"prompt": f"secret{i}", "completion": "words"[: 1 + i % 4], "reward": r} for i, r in enumerate(rewards)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "bad.py").write_text("def bad(reward):\n    return (reward > 1).double() / (reward < 1).double() + 0.5\n")
+    weight = "(reward > 1).double() / (reward < 1).double() + 0.5"
+    (tmp_path / "bad.py").write_text(f"def bad(reward):\n    return {weight}\n")
     overrides = (f"data.path={data}", "data.eval_fraction=0", "train.batch_size=3", "train.accumulate=3")
     with pytest.raises(NonFiniteError, match=r"see .*nonfinite\.json, or set train\.on_nonfinite=skip"):
         train(tiny(tmp_path, *overrides, objective=f"{tmp_path}/bad.py:bad"))
@@ -185,14 +187,14 @@ def test_a_skipped_step_changes_no_bit_and_is_counted(tmp_path: Path, around: li
 
 
 def test_three_in_a_row_are_too_many(tmp_path: Path, around: list[tuple[int, bool, bool]]) -> None:
-    with pytest.raises(NonFiniteError, match="step 3: .*; it is the 3rd step in a row that is not finite"):
+    with pytest.raises(NonFiniteError, match=r"step 3: .*; it is the 3rd step in a row that is not finite"):
         train(skipping(tmp_path, [1, 2, 3]))
     assert [step for step, _, _ in around] == [0, 1, 2, 3]
     assert not any(changed for step, changed, _ in around if step > 0)
 
 
 def test_ten_are_too_many(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="step 19: .*; it is the 10th step that is not finite"):
+    with pytest.raises(NonFiniteError, match=r"step 19: .*; it is the 10th step that is not finite"):
         train(skipping(tmp_path, list(range(1, 24, 2)), steps=24))
 
 
@@ -208,7 +210,7 @@ def test_what_was_skipped_is_remembered_by_a_resumed_run(tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         train(skipping(tmp_path, [1, 2, 3]))
     monkeypatch.setattr(loop, "optimiser_step", right)
-    with pytest.raises(NonFiniteError, match="step 3: .*; it is the 3rd step in a row"):
+    with pytest.raises(NonFiniteError, match=r"step 3: .*; it is the 3rd step in a row"):
         train(skipping(tmp_path, [1, 2, 3]))
 
 

@@ -380,3 +380,16 @@ def test_training_rows_in_a_file_of_their_own_need_no_log_probabilities(tmp_path
     found = evaluate(tiny(tmp_path, "evaluate.off_policy=true", *adapted)).off_policy
     assert found is not None
     assert found.prompts == 40
+
+
+def test_the_page_on_metrics_names_every_figure() -> None:
+    from rwft.metrics import Meter
+
+    page = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text()
+    meter = Meter(torch.device("cpu"))
+    meter.steps = 1
+    meter.add({name: torch.ones(()) for name in meter.sums}, torch.ones(1))
+    figures = meter.read(lambda tensor, how: tensor, lambda tensor: tensor)
+    assert len(figures) >= 13
+    for name in [*figures, *estimate(uneven(30)).estimates]:
+        assert f"`{name}`" in page, name

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import rwft.loop as loop
+from rwft import loop
 from rwft.config import to_yaml
 from rwft.errors import Interrupted
 from rwft.loop import StopFlag, train
@@ -89,7 +89,7 @@ def test_a_second_signal_a_second_later_is_not_held_back(monkeypatch: pytest.Mon
     killed: list[int] = []
     clock = iter([10.0, 10.5, 11.5])
     with StopFlag() as flag, monkeypatch.context() as patch:
-        patch.setattr(loop.time, "monotonic", lambda: next(clock))
+        patch.setattr(loop.time, "monotonic", clock.__next__)
         patch.setattr(loop.signal, "raise_signal", killed.append)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -179,7 +179,7 @@ def test_the_command_ends_with_128_and_the_signal(number: int, tmp_path: Path, r
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, root: Path) -> None:
     run, words = tmp_path / "run", command(tmp_path, "run", 30, 3)
     process = start(words, root)
-    wait_for(lambda: (run / "status.json").exists(), process)
+    wait_for((run / "status.json").exists, process)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
@@ -205,7 +205,10 @@ def ranks_of(launcher: int) -> list[int]:
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc")
-@pytest.mark.parametrize(("whom", "number"), [("launcher", signal.SIGTERM), ("launcher", signal.SIGINT), ("rank 1", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("whom", "number"),
+    [("launcher", signal.SIGTERM), ("launcher", signal.SIGINT), ("rank 1", signal.SIGTERM)],
+)
 def test_all_ranks_stop_at_the_same_step(whom: str, number: int, tmp_path: Path, root: Path) -> None:
     """The launcher ends with 1 whatever its ranks end with, so status.json is what says how it went."""
     run, words = tmp_path / "run", command(tmp_path, "run", 0.1, 200, ranks=2)

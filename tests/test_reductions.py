@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 import rwft
+from rwft.estimator import surrogate_loss
 from rwft.signals import seq_sum
+from rwft.testing import trial
 
 B, T = 6, 5
 Signals = dict[str, Tensor]
@@ -94,6 +97,12 @@ EXACT: list[tuple[str, Any, Signals, Tensor]] = [
     ("EAFT at alpha 0 is SFT", of("eaft", alpha=0), {}, SFT),
     ("full EAFT of a uniform policy is SFT", of("eaft_full"), {"entropy": full(math.log(1000.0), B, T)}, SFT),
     ("focal at gamma 0 is SFT", of("focal", gamma=0), {}, SFT),
+    (
+        "the focal loss at gamma 1 is focal less DFT's p times log p",
+        of("focal_loss", gamma=1),
+        {},
+        weigh(of("focal", gamma=1)) - DFT * base()["logp"],
+    ),
     ("CHORD is DFT times focal", "chord_phi", {}, weigh(["dft", of("focal", gamma=1)])),
     (
         "unlikelihood at alpha 0 is filtered BC",
@@ -148,6 +157,12 @@ EXACT: list[tuple[str, Any, Signals, Tensor]] = [
         of("asymre", shift=0),
         {},
         weigh("reinforce", advantage=base()["reward"] - base()["group_mean"]),
+    ),
+    (
+        "AsymRE without a baseline on 0/1 rewards is filtered BC",
+        of("asymre", shift=0),
+        {"reward": (base()["reward"] > 0).double(), "group_mean": full(0, B, 1)},
+        weigh(of("filtered_bc", threshold=1e-300)),
     ),
     (
         "Reinforce-Rej of mixed groups is the raw reward",
@@ -538,6 +553,43 @@ def test_a_star_po_values_between_mean_and_best() -> None:
         expected = torch.cat([given["reward"][g] - value(given["reward"][g]) for g in groups])
         w = rwft.build_objective(of("a_star_po", value_temperature=temperature, temperature=0.5))(given)
         torch.testing.assert_close(w, expected, rtol=0, atol=1e-4)
+
+
+def test_every_objective_is_reduced_to_a_neighbour() -> None:
+    source = Path(__file__).read_text()
+    assert [name for name in rwft.objective if f'"{name}"' not in source] == []
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.5, 0.6, 0.99, 1.0])
+@pytest.mark.parametrize("name", ["rho1", "token_cleaning"])
+def test_token_selectors_keep_their_share_of_each_sequence(name: str, keep: float) -> None:
+    """round(keep n) of n trained tokens, at least one; between equal scores the earlier ones."""
+    given = base()
+    lengths = given["mask"].sum(1).long().tolist()
+    expected = [max(1, round(keep * n)) for n in lengths]
+    assert weigh(of(name, keep=keep), given).sum(1).long().tolist() == expected
+    ties = weigh(of(name, keep=keep), given, **ON_POLICY, aux_logp=given["logp"])
+    for row, mask, number in zip(ties, given["mask"], expected, strict=True):
+        assert row[mask > 0].tolist() == [1.0] * number + [0.0] * (int(mask.sum()) - number)
+
+
+VISIBLE = {"top_fraction": {"keep": 0.8}, "gspo": {"low": 0.5, "high": 0.5}}  # the default weighs no row of the trial
+
+
+@pytest.mark.parametrize("name", list(rwft.objective))
+def test_the_gradient_is_the_slope_of_the_loss_with_frozen_weights(name: str) -> None:
+    """By finite differences along a random direction of the logits, with the weights of the starting point."""
+    case = trial()
+    weights = rwft.build_objective(of(name, **VISIBLE.get(name, {})))(case.signals)
+    z = case.logits.clone().requires_grad_()
+    surrogate_loss(case.logp(z), weights, case.mask, 3.0).backward()
+    assert z.grad is not None
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    step = 1e-5
+    ends = [surrogate_loss(case.logp(case.logits + s * step * direction), weights, case.mask, 3.0) for s in (1, -1)]
+    slope = float(ends[0] - ends[1]) / (2 * step)
+    assert slope == pytest.approx(float((z.grad * direction).sum()), rel=1e-6, abs=1e-9)
+    assert abs(slope) > 1e-7
 
 
 def test_all_wrong_or_all_equal_is_zero_and_finite() -> None:

@@ -70,10 +70,28 @@ def nll(given: Mapping[str, Tensor]) -> Tensor:
 
 
 def test_sft_and_gem_have_the_gradient_of_gem() -> None:
-    for beta in (0.7, 0.3, 2.0):
+    for beta in (0.7, 0.3, 2.0, 1.0):
         bound = penalty("gem", beta=beta)
         found, of = gradient(lambda given, bound=bound: nll(given) + bound.function(given))
         torch.testing.assert_close(found, (of["z"] / beta).softmax(-1) - of["onehot"], rtol=0, atol=1e-14)
+
+
+def test_gem_at_beta_one_and_smoothing_by_nothing_are_sft() -> None:
+    sft, _ = gradient(nll)
+    for bound in (penalty("gem", beta=1.0), penalty("label_smoothing", 0.0)):
+        found, _ = gradient(lambda given, bound=bound: nll(given) + bound.coef * bound.function(given))
+        torch.testing.assert_close(found, sft, rtol=0, atol=1e-14)
+
+
+def test_the_two_kls_are_positive_and_not_the_same() -> None:
+    z, reference = torch.randn(50, 9, dtype=torch.float64), torch.randn(50, 9, dtype=torch.float64)
+    given = inputs(z, reference, torch.zeros(50, dtype=torch.int64))
+    forward, reverse = penalty("forward_kl").function(given), penalty("reverse_kl").function(given)
+    assert (forward > 0).all()
+    assert (reverse > 0).all()
+    assert ((forward - reverse).abs() > 1e-3).any()
+    exchanged = inputs(reference, z, torch.zeros(50, dtype=torch.int64))
+    torch.testing.assert_close(penalty("reverse_kl").function(exchanged), forward, rtol=1e-12, atol=1e-14)
 
 
 def test_gem_defaults_to_the_papers_beta() -> None:

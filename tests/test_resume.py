@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted run, bit by bit, from every step: what is compared is the files of later checkpoints.
+"""A resumed run is the uninterrupted run, bit by bit, from every step; the files of later checkpoints are compared.
 
 A checkpoint holds parameters, optimiser, snapshots (old_logp) and kl_running; two that have the
 same sha256 for every file are the same state. Three planted faults show that the comparison bites.
@@ -30,7 +30,10 @@ CASES = {
     "lora": ("sft", LORA),
     "lora, accumulation": ("awr", (*LORA, "train.accumulate=4", "train.batch_size=2")),
     "snapshots of two steps": ("gold_s", (*DROPOUT, "train.snapshot_every=2")),
-    "snapshots of three steps, accumulation": ("psft", (*DROPOUT, "train.snapshot_every=3", "train.accumulate=4", "train.batch_size=2")),
+    "snapshots of three steps, accumulation": (
+        "psft",
+        (*DROPOUT, "train.snapshot_every=3", "train.accumulate=4", "train.batch_size=2"),
+    ),
     "running kl, whole groups": ("kto", (*DROPOUT, "train.normalize=sequence")),
     "pairs": ("dpo", DROPOUT),
 }
@@ -125,7 +128,7 @@ def test_a_damaged_newest_costs_one_step_and_changes_no_bit(tmp_path: Path) -> N
 def test_an_order_that_counts_calls_instead_of_epochs_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import rwft.data.batching as batching
+    from rwft.data import batching
 
     right, calls = batching.permutation, iter(range(10**6))
     monkeypatch.setattr(batching, "permutation", lambda items, seed, epoch: right(items, seed, next(calls)))
@@ -133,7 +136,7 @@ def test_an_order_that_counts_calls_instead_of_epochs_is_caught(
 
 
 def test_dropout_that_is_not_seeded_by_its_place_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rwft.step as step
+    from rwft import step
 
     monkeypatch.setattr(step, "seed_micro_batch", lambda *place: None)
     assert resumed_gaps(tmp_path, "lora") == list(range(1, STEPS))
@@ -160,7 +163,7 @@ def test_a_part_of_the_state_that_is_lost_is_caught(key: str, tmp_path: Path, mo
 
 
 def test_no_checkpoint_is_written_with_a_gradient_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rwft.loop as loop
+    from rwft import loop
 
     def saves_within(training: Any, step: int, meter: Any) -> None:
         gradient(training, step)
@@ -178,7 +181,7 @@ def test_no_checkpoint_is_written_with_a_gradient_pending(tmp_path: Path, monkey
 def test_another_model_other_data_or_more_ranks_are_refused(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import rwft.setup as setup
+    from rwft import setup
 
     train(case(tmp_path, "lora", "whole"))
     cut(tmp_path / "whole", 3, "resumed")

@@ -143,7 +143,7 @@ def test_a_row_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "rows.jsonl", "-1", "rows.jsonl:x"])
 def test_a_row_is_a_number(text: str) -> None:
-    with pytest.raises(ConfigError, match="--row: found .* expected the number of a row, such as 6"):
+    with pytest.raises(ConfigError, match=r"--row: found .* expected the number of a row, such as 6"):
         wanted_row(text)
 
 

@@ -1,4 +1,4 @@
-"""Secrets are written nowhere: a canary in the environment, in settings and in addresses, over every way a run can end."""
+"""Secrets are written nowhere: a canary in environment, settings and addresses, over every way a run can end."""
 
 from __future__ import annotations
 

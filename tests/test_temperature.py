@@ -92,7 +92,7 @@ def test_a_share_out_of_reach_says_so() -> None:
 
 
 def test_steps_have_no_weight_of_a_row() -> None:
-    with pytest.raises(ConfigError, match="ess needs one weight a row, but data.credit.steps gives each step its own"):
+    with pytest.raises(ConfigError, match=r"ess needs one weight a row, but data.credit.steps gives each step its own"):
         fitted({"name": "awr", "temperature": WISH}, Fake([0.0, 1.0], steps="reward_to_go"))
 
 
@@ -125,9 +125,7 @@ def test_allowed_where_weights_follow_from_the_row(name: str) -> None:
     ],
 )
 def test_refused_elsewhere(spec: dict[str, Any]) -> None:
-    with pytest.raises(
-        ObjectiveError, match=r"found \{'ess': 0.6\}, expected a number.*\(ess: only for the temperature"
-    ):
+    with pytest.raises(ObjectiveError, match=r"found \{'ess': 0.6\}, expected a number.*\(ess: only for"):
         build_objective(spec)
 
 

@@ -52,7 +52,9 @@ def test_the_advantage_is_the_reward_less_the_rows_value(tmp_path: Path) -> None
     config = valued(tmp_path)
     data = prepared(config, "advantage")
     assert data.train.value.tolist() == [value for _, value in ROWS]
-    assert data.known(data.train)["advantage"].tolist() == ADVANTAGE
+    known = data.known(data.train)
+    assert known["advantage"].tolist() == ADVANTAGE
+    assert known["baseline"].tolist() == [value for _, value in ROWS]  # for advantages of steps
     again = prepared(config, "advantage")  # this time from the cache
     assert again.known(again.train)["advantage"].tolist() == ADVANTAGE
 

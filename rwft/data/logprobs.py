@@ -16,7 +16,9 @@ from torch import Tensor
 
 from rwft.data.rows import Rows
 
-TOKENS_AT_ONCE = 16_384
+TOKENS_AT_ONCE = {"cpu": 4096}  # padded tokens of a batch: on a CPU no more than caches like,
+ACCELERATOR_TOKENS_AT_ONCE = 16_384  # and enough to fill an accelerator elsewhere
+PART = 1 << 18  # targets of the rows whose log-probabilities are kept together while they are computed
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,35 @@ def starts(rows: Rows) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(rows.trained)])
 
 
-def length_batches(length: NDArray[np.int64], indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Rows of similar length together, at most `TOKENS_AT_ONCE` padded tokens a batch."""
+def length_batches(
+    length: NDArray[np.int64],
+    indices: NDArray[np.int64],
+    group: NDArray[np.int64] | None = None,
+    most: int = TOKENS_AT_ONCE["cpu"],
+) -> list[NDArray[np.int64]]:
+    """Rows of similar length together, at most `most` padded tokens a batch; with `group`, rows of one together."""
     batches: list[NDArray[np.int64]] = []
     current: list[int] = []
-    for index in indices[np.argsort(length[indices], kind="stable")]:
-        if current and (len(current) + 1) * int(length[index]) > TOKENS_AT_ONCE:
+    width = 0
+    for index in by_length(length, indices, group):
+        width = max(width, int(length[index]))
+        if current and (len(current) + 1) * width > most:
             batches.append(np.asarray(current))
-            current = []
+            current, width = [], int(length[index])
         current.append(int(index))
     return [*batches, np.asarray(current)] if current else batches
+
+
+def by_length(
+    length: NDArray[np.int64], indices: NDArray[np.int64], group: NDArray[np.int64] | None
+) -> NDArray[np.int64]:
+    """Indices, shortest row first; with `group`, groups as blocks by their longest row."""
+    if group is None:
+        return indices[np.argsort(length[indices], kind="stable")]
+    names, block = np.unique(group[indices], return_inverse=True)
+    longest = np.zeros(len(names), dtype=np.int64)
+    np.maximum.at(longest, block, length[indices])
+    return indices[np.lexsort((length[indices], block, longest[block]))]
 
 
 def row_logp(
@@ -60,14 +81,19 @@ def row_logp(
     *,
     device: torch.device,
     tick: Callable[[int], None],
+    group: NDArray[np.int64] | None = None,
 ) -> dict[int, NDArray[Any]]:
-    """Log-probabilities of the trained tokens of each row under `policy`, dropout off. `tick(k)` after every k rows."""
+    """Log-probabilities of the trained tokens of each row under `policy`, dropout off. `tick(k)` after every k rows.
+
+    With `group`, rows of one are batched together, where `collate` may share their prompt.
+    """
     was_training = policy.training
     policy.eval()
     out: dict[int, NDArray[Any]] = {}
-    for part in length_batches(length, indices):
+    most = TOKENS_AT_ONCE.get(device.type, ACCELERATOR_TOKENS_AT_ONCE)
+    for part in length_batches(length, indices, group, most):
         batch = collate(part).to(device)
-        logp = policy(batch.ids, batch.mask)["logp"].cpu().numpy()
+        logp = policy(batch.ids, batch.mask, shared=batch.shared)["logp"].cpu().numpy()
         ends = np.cumsum(batch.sequence_lengths)
         for index, piece in zip(part, np.split(logp, ends[:-1]), strict=True):
             out[int(index)] = piece
@@ -100,6 +126,17 @@ def cache_path(cache: Path, model: str, rows: Rows, dtype: str) -> Path:
     return cache / "logprobs" / f"{key[:40]}.npy"
 
 
+def parts(rows: Rows) -> list[NDArray[np.int64]]:
+    """Consecutive rows of about `PART` targets each: what an interrupted computation does not lose."""
+    number = (np.cumsum(rows.length) - rows.length) // PART
+    return np.split(np.arange(len(rows)), np.flatnonzero(np.diff(number)) + 1)
+
+
+def part_path(path: Path, number: int) -> Path:
+    """Where a part is kept until the whole is."""
+    return path.with_name(f"{path.stem}.part{number}.npy")
+
+
 def write_cached(path: Path, values: NDArray[Any]) -> None:
     """Write a flat array whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +153,13 @@ def write_cached(path: Path, values: NDArray[Any]) -> None:
 
 def read_cached(path: Path, rows: Rows) -> StoredLogp | None:
     """The cached values, memory-mapped, or None where there are none of the right length."""
+    values = read_values(path, int(rows.trained.sum()))
+    return None if values is None else StoredLogp(values, starts(rows))
+
+
+def read_values(path: Path, number: int) -> NDArray[Any] | None:
+    """A flat array of this many values, memory-mapped, or None where there is none."""
     if not path.is_file():
         return None
     values = np.load(path, mmap_mode="r", allow_pickle=False)
-    return StoredLogp(values, starts(rows)) if len(values) == int(rows.trained.sum()) else None
+    return values if len(values) == number else None

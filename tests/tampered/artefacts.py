@@ -260,7 +260,7 @@ def rows_that_look_like_code(folder: Path, marker: Path) -> list[str]:
     texts = [f"__import__('os').system('touch {marker}')", "{{ ''.__class__.__mro__ }}", "!!python/name:os.system"]
     rows = [{"prompt": text[:20], "completion": text[:20], "__class__": "os.system"} for text in texts * 4]
     (folder / "evil.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    adapter = "data.adapter={name: demonstrations, prompt: prompt, completion: completion}"
+    adapter = "data.adapter=prompt_completion"
     return ["train", str(folder / "config.yaml"), f"data.path={folder}/evil.jsonl", adapter, f"output={folder}/other"]
 
 

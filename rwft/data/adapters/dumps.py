@@ -54,7 +54,7 @@ ManyNumbers = Annotated[str, Holds(("lists of numbers",))]
 ManyWholeNumbers = Annotated[str, Holds(("lists of whole numbers",))]
 
 NO_END = "end not logged: taken as finished (if completions may have been cut off, set data.eos: never)"
-NO_MARKUP = "prompt logged without its chat markup: the policy sees other tokens than the behaviour policy did"
+NO_MARKUP = "prompt logged without special tokens: chat markup, if it had any, is lost to the policy"
 NO_REWARD = "reward function without a value for this completion: counted as 0, as its writer does"
 ALL_ZERO = "log-probabilities that are all 0, as the writer also fills in where none were logged"
 ROUNDED = "log-probability above 0 by rounding, taken as 0"
