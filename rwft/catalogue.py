@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from rwft.errors import ConfigError
 from rwft.registry import Entry, Setting, place
 from rwft.signals import SIGNALS
 from rwft.weighting import objective
@@ -139,4 +140,7 @@ def draw(name: str, path: Path) -> None:
     from rwft.curves import draw_curves
     from rwft.weighting import build_objective
 
-    draw_curves([build_objective(name)], path)
+    try:
+        draw_curves([build_objective(name)], path)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot be written: {error.strerror or error}") from None

@@ -179,7 +179,9 @@ def _typed(hint: Any, value: Any, key: str, where: str) -> Any:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         hint_text = (
-            " (write 1.0e-5, not 1e-5: YAML reads the latter as text)" if kind is float and _is_number(value) else ""
+            " (write 1.0e-5, not 1e-5: YAML reads the latter as text)"
+            if kind is float and isinstance(value, str) and _is_number(value)
+            else ""
         )
         raise ConfigError(
             f"{where}: {key}: found {value!r}, expected {words}{' or null' if optional else ''}{hint_text}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rwft.config import Config
@@ -75,8 +76,10 @@ class FrozenModels:
         """Log-probabilities of every trained token of every row, from the cache if this model met these rows before."""
         path = cache_path(Path(self.config.cache).expanduser(), fingerprint(model), rows, self.config.model.dtype)
         found = read_cached(path, rows)
-        self.accelerator.wait_for_everyone()
-        if found is not None:
+        everywhere = self.accelerator.reduce(
+            torch.tensor(float(found is not None), device=self.accelerator.device), "sum"
+        )
+        if found is not None and int(everywhere) == self.accelerator.num_processes:  # ranks may see different disks
             self.display.say(f"{what} log-probabilities of {len(rows)} rows: from the cache")
             return found
         tick = self.display.ticker(f"{what} log-probabilities", len(rows) // self.accelerator.num_processes)

@@ -122,7 +122,8 @@ def distribution_signals(
 
 def chunk_rows(hidden: Tensor, vocabulary: Vocabulary, reference: Reference | None, budget: int | None) -> int:
     """Rows of logits that fit `budget` bytes; by default a quarter of what the gradients take, within 64 to 256 MiB."""
-    outputs = (hidden.numel() + vocabulary.weight.numel()) * hidden.element_size()
+    sums = precision(hidden, vocabulary.weight).exact.itemsize  # low precision is summed in float32
+    outputs = (hidden.numel() + vocabulary.weight.numel()) * sums
     budget = budget if budget is not None else min(max(outputs // 4, MIN_BUDGET), MAX_BUDGET)
     projections = [(hidden, vocabulary)] if reference is None else [(hidden, vocabulary), reference]
     return max(1, budget // sum(v.size * precision(x, v.weight).product.itemsize for x, v in projections))

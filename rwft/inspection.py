@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rwft.config import Config, load_config, resolve
 from rwft.data.adapters import read_examples
+from rwft.data.example import Message
 from rwft.data.prepare import Prepared, prepare
 from rwft.progress import Display
 from rwft.temperature import data_weights, effective_sample_size, fit_temperatures, fitted_sentences, sweeps
@@ -44,7 +45,8 @@ def inspect_file(config: Config, display: Display) -> None:
         tick(1)
         if example.reward is not None:
             rewards.append(example.reward)
-        lengths.append(len(example.completion) if isinstance(example.completion, str) else len(str(example.completion)))
+        turns = [example.completion] if isinstance(example.completion, str) else assistant_texts(example.completion)
+        lengths.append(sum(map(len, turns)))
         groups[example.group] += 1
     display.say(examples.description, f"{examples.ledger.rows} rows, {len(lengths)} examples")
     display.say(*(f"dropped {n}: {reason}" for reason, n in sorted(examples.ledger.dropped.items())))
@@ -52,6 +54,11 @@ def inspect_file(config: Config, display: Display) -> None:
     _distribution(display, "reward", np.asarray(rewards), len(lengths))
     _distribution(display, "characters in a completion", np.asarray(lengths, dtype=np.float64), len(lengths))
     _group_sizes(display, np.asarray([size for group, size in groups.items() if group is not None]))
+
+
+def assistant_texts(messages: Sequence[Message]) -> list[str]:
+    """What the assistant says in a conversation: the text that is trained."""
+    return [str(message["content"]) for message in messages if message["role"] == "assistant"]
 
 
 def inspect_config(config: Config, display: Display) -> None:

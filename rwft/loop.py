@@ -238,5 +238,6 @@ def finish(training: Training, folder: RunFolder, done: int, stopped: int | None
     summary = [(name, value) for name, value in journal.last.items()] + [
         (f"held out: {k}", v) for k, v in held_out.items()
     ]
-    training.display.table(f"{result.objective}: {done} steps, model in {result.model}", ["metric", "value"], summary)
+    training.display.table(f"{result.objective}: {done} steps", ["metric", "value"], summary)
+    training.display.say(f"model: {result.model}")
     return result

@@ -15,6 +15,7 @@ from rwft.durable import write_atomic
 
 SUMS = (
     "tokens",
+    "forwarded",
     "sequences",
     "nll",
     "loss",
@@ -53,6 +54,13 @@ class Meter:
             self.largest = torch.maximum(self.largest, weights.max().double())
             self.smallest = torch.minimum(self.smallest, weights.min().double())
 
+    def add_zero_weights(self, tokens: float, sequences: float, reward: float) -> None:
+        """Add rows of weight zero that were not forwarded: all about them is known but their likelihood."""
+        for name, value in {"tokens": tokens, "sequences": sequences, "reward": reward, "rewarded": sequences}.items():
+            self.sums[name] += value
+        self.smallest = self.smallest.clamp(max=0.0)
+        self.largest = self.largest.clamp(min=0.0)
+
     def add_penalties(self, sums: Mapping[str, Tensor]) -> None:
         """Add summed penalties by the regulariser's name."""
         for name, value in sums.items():
@@ -63,16 +71,17 @@ class Meter:
         packed = reduce(torch.stack([self.sums[name] for name in SUMS]), "sum").tolist()
         extremes = gather(torch.stack([self.largest, -self.smallest])[None]).amax(dim=0).tolist()
         total = dict(zip(SUMS, packed, strict=True))
-        tokens, sequences = max(total["tokens"], 1.0), max(total["sequences"], 1.0)
+        tokens, sequences, forwarded = (max(total[name], 1.0) for name in ("tokens", "sequences", "forwarded"))
         out = {
             "loss/mean": total["loss"] / max(self.steps, 1),
-            "nll/mean": total["nll"] / tokens,
+            "nll/mean": total["nll"] / forwarded,
             "weight/mean": total["w_sum"] / tokens,
             "weight/max": extremes[0],
             "weight/min": -extremes[1],
             "weight/ess": total["w_sum"] ** 2 / total["w_square"] / tokens if total["w_square"] > 0 else 0.0,
             "weight/negative_share": total["w_negative"] / total["w_abs"] if total["w_abs"] > 0 else 0.0,
             "tokens/sum": total["tokens"],
+            "forwarded_tokens/sum": total["forwarded"],
             "sequences/sum": total["sequences"],
         }
         if total["w_negative"] > 0:
@@ -80,9 +89,9 @@ class Meter:
         if total["rewarded"] > 0:
             out["reward/mean"] = total["reward"] / sequences
         if total["entropy"] > 0:
-            out["entropy/mean"] = total["entropy"] / tokens
+            out["entropy/mean"] = total["entropy"] / forwarded
         if total["ref_gap"] != 0:
-            out["log_ratio_to_reference/mean"] = total["ref_gap"] / tokens
+            out["log_ratio_to_reference/mean"] = total["ref_gap"] / forwarded
         for name, value in self.penalties.items():
             out[f"penalty/{name}/mean"] = float(reduce(value.reshape(1), "sum")) / tokens
         return {name: value for name, value in out.items() if math.isfinite(value)}

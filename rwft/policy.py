@@ -366,8 +366,10 @@ def export(policy: Policy, tokenizer: Any, folder: Path, dtype: str, *, merge: b
         state = model.state_dict()
     if dtype == "bfloat16" and (merge or not adapted):
         state = {name: value.to(torch.bfloat16) for name, value in state.items()}
-        model = copy.copy(model)
-        model.config = copy.deepcopy(model.config)
-        model.config.dtype = torch.bfloat16
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
+    if dtype == "bfloat16" and (
+        merge or not adapted
+    ):  # save_pretrained writes the dtype of the parameters it came from
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "dtype": dtype}, indent=2))

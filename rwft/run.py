@@ -41,7 +41,6 @@ class RunResult:
     state: str
     metrics: Mapping[str, float] = field(default_factory=dict)
     held_out: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
 
     @property
     def model(self) -> Path:
@@ -154,7 +153,7 @@ def _free_name(path: Path) -> Path:
 
 def _same_config(config: Config, file: Path) -> None:
     old, new = flatten(stored_settings(file)), flatten(as_dict(config))
-    different = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key != "output"]
+    different = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not beside_the_training(key)]
     if different:
         key = different[0]
         more = f" (and {len(different) - 1} more: {', '.join(different[1:4])})" if len(different) > 1 else ""
@@ -162,6 +161,11 @@ def _same_config(config: Config, file: Path) -> None:
             f"output: {file.parent} holds a run with {key}: {old.get(key)!r}, this config says {new.get(key)!r}{more}; "
             "name another output, or give --fresh to set that run aside and start over"
         )
+
+
+def beside_the_training(key: str) -> bool:
+    """Settings that change nothing of what a run computes while it trains: they may differ when it goes on."""
+    return key in ("output", "cache", "trackers") or key.startswith(("evaluate", "compare"))
 
 
 def stored_settings(file: Path) -> dict[str, Any]:

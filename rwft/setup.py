@@ -23,17 +23,17 @@ from rwft.data.logprobs import pack_rows, row_logp, unpack_rows
 from rwft.data.prepare import Prepared, prepare
 from rwft.data.rows import Rows
 from rwft.data.shared import Sharing, sharing
-from rwft.errors import ConfigError, did_you_mean
-from rwft.estimator import Counts
+from rwft.errors import ConfigError, UserError, did_you_mean
+from rwft.estimator import Counts, weight_denominator
 from rwft.frozen import FrozenModels
 from rwft.policy import Policy, fingerprint, load_policy, load_tokenizer
 from rwft.postmortem import Skipped
 from rwft.progress import Display
 from rwft.regularizers import Penalty, build_regularizers
-from rwft.run import RunFolder, flatten, refuse_environment
+from rwft.run import RunFolder, beside_the_training, flatten, refuse_environment
 from rwft.sharding import spread, spread_optimizer, whole, whole_optimizer
 from rwft.signals import SIGNALS
-from rwft.temperature import fit_temperatures, fitted_sentences
+from rwft.temperature import data_weights, fit_temperatures, fitted_sentences
 from rwft.weighting import Objective, build_objective
 
 KL_RATE = 0.1  # of the running mean of the policy's log-ratio to the reference
@@ -74,6 +74,12 @@ class Training:
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's part of an optimiser step."""
         return [self.collate(part) for part in self.plan.micro_batches(step, self.accelerator.process_index)]
+
+    def unforwarded(self, step: int) -> tuple[float, float, float]:
+        """Tokens, sequences and summed reward of the step's rows that are not forwarded, since their weight is zero."""
+        window = self.plan.window(step)
+        out = window[~self.plan.alive[window]]
+        return float(self.data.train.trained[out].sum()), float(len(out)), float(self.data.train.reward[out].sum())
 
     def counts(self, step: int) -> Counts:
         """Trained tokens and sequences of the whole step, over all ranks, known before anything is forwarded."""
@@ -228,8 +234,7 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     penalties = tuple(build_regularizers(config.regularize))
     cache = Path(config.cache).expanduser()
     tokenizer = load_tokenizer(config.model)
-    with accelerator.main_process_first():
-        data = prepare(config.data, tokenizer, objective.reads, cache, display.ticker("reading and tokenising rows"))
+    data = prepare_once(config, tokenizer, objective.reads, cache, accelerator, display)
     wanted, objective = objective, fit_temperatures(objective, data)
     display.say(*data.report.lines(), *unread_settings(config, objective, data), *fitted_sentences(wanted, objective))
     refuse_engine(config, accelerator)
@@ -276,6 +281,29 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     return training
 
 
+def prepare_once(
+    config: Config, tokenizer: Any, reads: frozenset[str], cache: Path, accelerator: Any, display: Display
+) -> Prepared:
+    """The data, made by the first rank, taken from its cache by the others; all ranks raise what is wrong with them."""
+    from accelerate.utils import broadcast_object_list
+
+    tick = display.ticker("reading and tokenising rows")
+    problem: list[str | None] = [None]
+    data: Prepared | None = None
+    if accelerator.is_main_process:
+        try:
+            data = prepare(config.data, tokenizer, reads, cache, tick)
+        except UserError as error:
+            if accelerator.num_processes == 1:
+                raise
+            problem = [str(error)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+    return prepare(config.data, tokenizer, reads, cache, tick) if data is None else data
+
+
 def make_collate(
     data: Prepared,
     rows: Rows,
@@ -303,7 +331,14 @@ def make_plan(
     alive, coupled = None, "group" in objective.reads
     if not penalties and not coupled:
         zero = zero_weight_rows(objective, data)
+        if zero.all():
+            raise ConfigError(
+                f"objective '{objective}': every one of the {len(zero)} rows has weight zero; nothing to learn"
+            )
         alive = ~zero if zero.any() else None
+    if config.train.normalize == "weight":
+        weights = data_weights(objective, data)
+        weight_denominator(1.0, 0.0 if weights is None else float(weights.min()))
     return Plan(
         data.train.length,
         batch_size=config.train.batch_size,
@@ -313,7 +348,13 @@ def make_plan(
         group=data.train.group if coupled or config.data.order == "groups" else None,
         prompt=data.train.group if beside else None,
         alive=alive,
+        pass_tokens=pass_tokens(),
     )
+
+
+def pass_tokens() -> float:
+    """What a forward and backward pass costs beyond its tokens, in tokens: launches on a GPU, summing on a CPU."""
+    return 4096 if torch.cuda.is_available() or torch.backends.mps.is_available() else 128
 
 
 def zero_weight_rows(objective: Objective, data: Prepared) -> NDArray[np.bool_]:
@@ -349,7 +390,7 @@ def unread_settings(config: Config, objective: Objective, data: Prepared) -> lis
 
 def fingerprints(config: Config, data: Prepared, model: str, ranks: int) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed."""
-    settings = {key: value for key, value in flatten(as_dict(config)).items() if key != "output"}
+    settings = {key: value for key, value in flatten(as_dict(config)).items() if not beside_the_training(key)}
     return {
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
         "data": data.train.fingerprint,

@@ -152,7 +152,7 @@ def optimiser_step(training: Training, step: int, meter: Meter) -> None:
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     meter.rate, meter.norm = rate, norm
-    record(training, meter, results, z)
+    record(training, meter, results, z, step)
     training.track_kl([(r.batch, r.head.logp) for r in results], step)
 
 
@@ -168,14 +168,22 @@ def step_denominator(training: Training, results: list[MicroResult]) -> float:
     return weight_denominator(total, smallest)
 
 
-def record(training: Training, meter: Meter, results: list[MicroResult], z: float) -> None:
-    """Add a step to the meter, without waiting for the device."""
+def record(training: Training, meter: Meter, results: list[MicroResult], z: float, step: int) -> None:
+    """Add a step to the meter. Rows of weight zero that were not forwarded count as what they are."""
     meter.steps += 1
+    tokens, sequences, reward = training.unforwarded(step)
+    if sequences and training.accelerator.is_main_process:
+        meter.add_zero_weights(tokens, sequences, reward)
     for result in results:
         logp, signals = result.head.logp, result.batch.signals
         ones = torch.ones_like(logp)
         sums = dict(weight_statistics(result.weights[None], ones[None], logp[None]))
-        sums |= {"loss": result.head.loss / z, "nll": -logp.double().sum(), "tokens": ones.double().sum()}
+        sums |= {
+            "loss": result.head.loss / z,
+            "nll": -logp.double().sum(),
+            "tokens": ones.double().sum(),
+            "forwarded": ones.double().sum(),
+        }
         sums["sequences"] = (result.batch.mask.sum(dim=1) > 0).double().sum()
         if "reward" in signals and len(logp):
             sums |= {"reward": signals["reward"].double().sum(), "rewarded": sums["sequences"]}

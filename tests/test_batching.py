@@ -97,3 +97,30 @@ def test_a_step_whose_rows_all_weigh_nothing_still_has_a_micro_batch_on_every_ra
 def test_no_rows_is_an_error() -> None:
     with pytest.raises(DataError, match="no rows"):
         plan(0)
+
+
+def cost(p: Plan, parts: list[np.ndarray], pass_tokens: float) -> float:
+    """Padded tokens, and what the passes but the first cost."""
+    return sum(len(part) * p.length[part].max() for part in parts) + (len(parts) - 1) * pass_tokens
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 40))
+def test_a_micro_batch_is_cut_where_that_costs_least(lengths: list[int], pass_tokens: int) -> None:
+    n = len(lengths)
+    p = Plan(np.array(lengths), batch_size=n, accumulate=1, world=1, seed=3, pass_tokens=float(pass_tokens))
+    parts = p.micro_batches(0, 0)
+    order = np.concatenate(parts)
+    assert p.length[order].tolist() == sorted(lengths, reverse=True)
+    every_cut = [np.split(order, [k for k in range(1, n) if number >> (k - 1) & 1]) for number in range(1 << (n - 1))]
+    assert cost(p, parts, pass_tokens) == min(cost(p, cut, pass_tokens) for cut in every_cut)
+
+
+def test_rows_of_a_prompt_are_not_cut_apart_and_passes_do_not_change_a_step() -> None:
+    length, prompt = np.array([50, 2, 50, 2, 3, 40]), np.array([0, 0, 1, 1, 2, 3])
+    more = {"batch_size": 6, "accumulate": 1, "world": 1, "seed": 0}
+    beside = Plan(length, prompt=prompt, pass_tokens=0.0, **more).micro_batches(0, 0)
+    assert [part.tolist() for part in beside] == [[0, 1], [2, 3], [5], [4]]
+    apart = Plan(length, pass_tokens=0.0, **more).micro_batches(0, 0)
+    assert [sorted(length[part]) for part in apart] == [[50, 50], [40], [3], [2, 2]]
+    whole = Plan(length, **more).micro_batches(0, 0)
+    assert [sorted(part.tolist()) for part in whole] == [[0, 1, 2, 3, 4, 5]]

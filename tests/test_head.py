@@ -626,7 +626,7 @@ def test_rows_of_a_chunk_follow_the_budget() -> None:
     assert rows(10, 8, 100, torch.float64, 4000) == 5
     assert rows(10, 8, 100, torch.float32, 1) == 1
     assert rows(10, 8, 32768, torch.float32) == 64 * mib // (4 * 32768)  # the least
-    assert rows(2048, 896, 151936, torch.bfloat16) == ((2048 + 151936) * 896 * 2 // 4) // (2 * 151936)  # a quarter
+    assert rows(2048, 896, 151936, torch.bfloat16) == ((2048 + 151936) * 896 * 4 // 4) // (2 * 151936)  # a quarter
     assert rows(10, 4096, 262144, torch.float32) == 256 * mib // (4 * 262144)  # the most
 
 

@@ -63,10 +63,12 @@ class Plan:
     A step takes the next batch_size x accumulate x world rows of the epoch's order, the last
     one of an epoch what is left, so each row comes exactly once per epoch. Within a step rows
     are sorted by length, then cut: similar lengths pad little, and the gradient of the step
-    does not depend on the cut. With `group`, whole groups stay in one micro-batch. With
-    `prompt`, rows of a step that have the same number there stand beside each other before the
-    cut. Rows not `alive` (weight zero by data alone) keep their place in the order but are not
-    forwarded.
+    does not depend on the cut. A micro-batch is forwarded in several passes where that saves
+    more padding than `pass_tokens`, which is what a pass costs beyond its rows.
+
+    With `group`, whole groups stay in one micro-batch. With `prompt`, rows of a step that have
+    the same number there stand beside each other before the cut. Rows not `alive` (weight zero
+    by data alone) keep their place in the order but are not forwarded.
     """
 
     def __init__(
@@ -80,13 +82,14 @@ class Plan:
         group: NDArray[np.int64] | None = None,
         prompt: NDArray[np.int64] | None = None,
         alive: NDArray[np.bool_] | None = None,
+        pass_tokens: float = math.inf,
     ) -> None:
         if len(length) == 0:
             raise DataError("no rows are left to train on")
         self.length, self.batch_size, self.world, self.seed = length, batch_size, world, seed
         self.window_size = batch_size * accumulate * world
         self.alive = np.ones(len(length), dtype=bool) if alive is None else alive
-        self.prompt = prompt
+        self.prompt, self.pass_tokens = prompt, pass_tokens
         self.units = None if group is None else _units(group, batch_size)
         windows = math.ceil(len(length) / self.window_size)
         self.steps_per_epoch = windows if self.units is None else min(windows, len(self.units))
@@ -126,7 +129,28 @@ class Plan:
         window = self.window(step)
         window = window[self.alive[window]]
         ordered = self._beside(window)
-        return [ordered[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+        return [
+            p for i in range(0, len(window), self.batch_size) for p in self._passes(ordered[i : i + self.batch_size])
+        ]
+
+    def _passes(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The cut of one micro-batch that costs least, by dynamic programming; rows of one prompt stay together."""
+        length = self.length[rows].tolist()
+        joined = [False] * len(rows) if self.prompt is None else [False, *(np.diff(self.prompt[rows]) == 0).tolist()]
+        best: list[tuple[float, int]] = [(0.0, 0)]  # cost of the first k rows, and where their last pass starts
+        for stop in range(1, len(rows) + 1):
+            width, found = 0, (math.inf, 0)
+            for start in range(stop - 1, -1, -1):
+                width = max(width, length[start])
+                if not joined[start] or start == 0:
+                    extra = self.pass_tokens if start else 0.0
+                    found = min(found, (best[start][0] + (stop - start) * width + extra, start))
+            best.append(found)
+        cuts, stop = [], len(rows)
+        while stop > 0:
+            cuts.append(rows[best[stop][1] : stop])
+            stop = best[stop][1]
+        return cuts[::-1]
 
     def _beside(self, window: NDArray[np.int64]) -> NDArray[np.int64]:
         """Longest first; with `prompt`, rows of one prompt as a block, most rows first, so that the cut splits few."""

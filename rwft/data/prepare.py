@@ -21,7 +21,7 @@ from rwft.data.rows import Rows, open_rows, record, write_rows
 from rwft.data.sources import local_files
 from rwft.data.tasks import task_files
 from rwft.data.tokenize import Dropped, Tokenize
-from rwft.durable import sha256
+from rwft.durable import sha256, write_atomic
 from rwft.errors import DataError
 from rwft.signals import SIGNALS
 
@@ -108,15 +108,15 @@ def tokenised(
     fingerprint = hashlib.sha256(key.encode()).hexdigest()
     file = cache / "rows" / f"{fingerprint[:40]}.arrow"
     summary = file.with_suffix(".json")
-    if not (file.is_file() and summary.is_file() and content is not None):
+    if content is None or not file.is_file() or not _load_report(report, summary):
         examples = read_examples(path, config.adapter, limit=config.limit)
         write_rows(_records(examples, tokenize, report, tick), file)
         report.description, report.read = examples.description, examples.ledger.rows
         report.dropped.update(examples.ledger.dropped)
         report.notes.update(examples.ledger.notes)
         _save_report(report, summary)
-    else:
-        _load_report(report, summary)
+    if content is None:  # nothing local to recognise the rows by, so they are known by what was made of them
+        fingerprint = sha256(file)
     return open_rows(file, fingerprint)
 
 
@@ -144,14 +144,20 @@ def _records(
 def _save_report(report: Report, path: Path) -> None:
     content = {"description": report.description, "read": report.read, "kept": report.kept}
     content |= {"dropped": dict(report.dropped), "notes": dict(report.notes)}
-    path.write_text(json.dumps(content), encoding="utf-8")
+    write_atomic(path, json.dumps(content))
 
 
-def _load_report(report: Report, path: Path) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    report.description, report.read, report.kept = content["description"], content["read"], content["kept"]
-    report.dropped.update(content["dropped"])
-    report.notes.update(content["notes"])
+def _load_report(report: Report, path: Path) -> bool:
+    """Fill the report from the cache; False if it holds none that can be read, so that the rows are made anew."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        dropped, notes = Counter(content["dropped"]), Counter(content["notes"])
+        report.description, report.read, report.kept = content["description"], content["read"], content["kept"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    report.dropped.update(dropped)
+    report.notes.update(notes)
+    return True
 
 
 def split(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
@@ -159,7 +165,9 @@ def split(rows: Rows, fraction: float) -> tuple[Rows, Rows]:
     if fraction == 0:
         return rows, rows.subset(np.zeros(len(rows), dtype=bool), "none")
     held = rows.group < fraction * 2.0**63  # a group's number is a hash of its name
-    if held.all() or not held.any():
+    if not held.any():  # a fraction above zero holds out one prompt at the least,
+        held = rows.group == rows.group.min()
+    if held.all():  # but never the only one
         held = np.zeros(len(rows), dtype=bool)
     return rows.subset(~held, f"train {fraction}"), rows.subset(held, f"held out {fraction}")
 
