@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import resource
@@ -232,6 +233,7 @@ def main() -> None:
     for name, number in (("kills", 100), ("signals", 50), ("flips", 100), ("full", 20), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=number)
     asked = parser.parse_args()
+    logging.getLogger("rwft").setLevel(logging.ERROR)  # every flipped bit is a warning
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), random.Random(asked.seed))

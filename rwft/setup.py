@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwft.checkpoint import CheckpointStore, join_optimizer, split_optimizer
 from rwft.config import Config, as_dict
-from rwft.data.batching import Batch, Collate, Plan, Stored
+from rwft.data.batching import Batch, Collate, Plan, Stored, pass_tokens
 from rwft.data.logprobs import pack_rows, row_logp, unpack_rows
 from rwft.data.prepare import Prepared, prepare
 from rwft.data.rows import Rows
@@ -192,7 +192,7 @@ def start_accelerator(config: Config) -> Any:
     check_trackers(config.trackers)
     return Accelerator(
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-        mixed_precision="bf16" if config.model.dtype == "bfloat16" else "no",
+        mixed_precision="no",  # the policy casts for itself, in training and out of it
         log_with=list(config.trackers) or None,
         project_dir=config.output,
     )
@@ -350,11 +350,6 @@ def make_plan(
         alive=alive,
         pass_tokens=pass_tokens(),
     )
-
-
-def pass_tokens() -> float:
-    """What a forward and backward pass costs beyond its tokens, in tokens: launches on a GPU, summing on a CPU."""
-    return 4096 if torch.cuda.is_available() or torch.backends.mps.is_available() else 128
 
 
 def zero_weight_rows(objective: Objective, data: Prepared) -> NDArray[np.bool_]:

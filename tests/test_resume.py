@@ -7,7 +7,10 @@ same sha256 for every file are the same state. Three planted faults show that th
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +228,16 @@ def test_float32_runs_are_repeated_bit_by_bit(tmp_path: Path) -> None:
         train(case(tmp_path, "dropout, accumulation", run))
         torch.manual_seed(17)
     assert states(tmp_path / "one") == states(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_short_soak_has_no_faults(root: Path) -> None:
+    """Kills, signals, flipped bits and full disks at random moments; `make soak` is the long form."""
+    numbers = {"kills": 4, "signals": 2, "flips": 3, "full": 2}
+    words = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(root / "benchmarks" / "soak.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("SIGKILLs: 4", "bits flipped: 3", "saves without room: 2", "faults: 0,"):
+        assert line in done.stdout

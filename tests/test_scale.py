@@ -45,15 +45,15 @@ def test_rows_are_taken_from_their_blocks_in_the_order_asked_for(tmp_path: Path)
 def test_a_subset_copies_nothing_and_keeps_its_rows(tmp_path: Path) -> None:
     whole = rows(tmp_path)
     keep = np.arange(len(whole)) % 2 == 1
-    half = whole.subset(keep, "odd").subset(np.arange(len(whole) // 2) >= 10, "later")
+    half = whole.subset(keep, "odd").subset(np.arange(len(whole) // 2) >= 11, "later")
     assert half.table is whole.table
-    assert len(half) == len(whole) // 2 - 10
-    expected = np.arange(21, len(whole), 2)
+    assert len(half) == len(whole) // 2 - 11
+    expected = np.arange(23, len(whole), 2)
     assert half.reward.tolist() == expected.tolist()
     assert half.length.tolist() == (1 + expected % 5).tolist()
     assert half.trained.tolist() == np.maximum(expected % 5, 1).tolist()
-    assert half.take([0, 700])["row"] == [21, 1421]
-    assert half.source(700).row == 1421
+    assert half.take([0, 700])["row"] == [23, 1423]
+    assert half.source(700).row == 1423
     assert half.missing("weight").tolist() == (expected % 7 != 0).tolist()
     assert len({whole.fingerprint, whole.subset(keep, "odd").fingerprint, half.fingerprint}) == 3
     assert whole.has("reward")
@@ -76,7 +76,9 @@ def test_batches_of_similar_length_keep_groups_together() -> None:
     assert by_length(length, every, None).tolist() == [1, 3, 5, 0, 2, 4]
     assert by_length(length, every, group).tolist() == [1, 3, 0, 2, 5, 4]  # by longest: 8, then 7 and 9
     batches = [part.tolist() for part in length_batches(length, every, group, most=18)]
-    assert batches == [[1, 3, 0], [2, 5], [4]]  # 3 x 5, 2 x 9 (the longest so far counts), 1 x 9
+    assert batches == [[1, 3, 0], [2, 5], [4]]  # 3 x 5, 2 x 9, 1 x 9
+    narrower = [part.tolist() for part in length_batches(length, every, group, most=17)]
+    assert narrower == [[1, 3, 0], [2], [5], [4]]  # beside a row of 9 targets one of 3 takes 9 as well
 
 
 def test_parts_are_consecutive_rows_of_about_as_many_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,9 @@ def group(prompt: int, completion: int, size: int) -> tuple[list[list[int]], lis
 def test_auto_shares_where_it_pays_and_nowhere_else() -> None:
     assert COUNT(*group(30, 10, 8)) is not None
     assert COUNT(*group(2, 30, 2)) is None  # saves 2 of 62 inputs, less than the margin
+    inputs = Sharing(position=1.0, pair=0.0)
+    assert inputs(*group(10, 31, 2)) is None  # 80 inputs or 70: within the margin of 15 %
+    assert inputs(*group(11, 30, 2)) is not None  # 80 or 69
     always = Sharing(position=10.0, pair=4.0, always=True)
     assert always(*group(2, 30, 2)) is not None
     different = [[k] * 30 + [1] * 3 for k in range(8)], [[0] * 29 + [1] * 3] * 8

@@ -57,6 +57,11 @@ def permutation(items: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(items)
 
 
+def pass_tokens() -> float:
+    """What a pass costs beyond its own tokens, in tokens: kernel launches on an accelerator, sums on a CPU."""
+    return 4096 if torch.cuda.is_available() or torch.backends.mps.is_available() else 128
+
+
 class Plan:
     """Optimiser steps as lists of micro-batches of row indices.
 
@@ -143,8 +148,7 @@ class Plan:
             for start in range(stop - 1, -1, -1):
                 width = max(width, length[start])
                 if not joined[start] or start == 0:
-                    extra = self.pass_tokens if start else 0.0
-                    found = min(found, (best[start][0] + (stop - start) * width + extra, start))
+                    found = min(found, (best[start][0] + (stop - start) * width + self.pass_tokens, start))
             best.append(found)
         cuts, stop = [], len(rows)
         while stop > 0:

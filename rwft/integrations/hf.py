@@ -246,7 +246,7 @@ class WeightedLoss(Trainer):
         logp, ones = result.logp, torch.ones_like(result.logp)
         sums = dict(weight_statistics(weights[None], ones[None], logp[None]))
         tokens, sequences = count(batch.mask)
-        sums |= {"nll": -logp.double().sum(), "tokens": tokens, "sequences": sequences}
+        sums |= {"nll": -logp.double().sum(), "tokens": tokens, "forwarded": tokens, "sequences": sequences}
         self._meter.add(sums, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
