@@ -34,6 +34,7 @@ from rwft.errors import CheckpointError, RwftError
 from rwft.loop import train
 
 STEPS = 12
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # ask whether a child has ended, and leave its status for later
 MODEL = {
     "model_type": "llama",
     "vocab_size": 100,
@@ -126,6 +127,13 @@ class Soak:
         except FileNotFoundError:
             return 0
 
+    def wait_for_step(self, run: Path, process: int, last: int) -> None:
+        """Until a random moment after one of the steps still to come, the last at `last`."""
+        step = self.draw.randint(min(self.acknowledged(run) + 1, last), last)
+        while self.acknowledged(run) < step and os.waitid(os.P_PID, process, ENDED) is None:
+            time.sleep(0.001)
+        time.sleep(self.draw.uniform(0, 0.03))
+
     def newest(self, run: Path) -> int:
         """Step of the newest valid checkpoint; 0 if none was ever saved."""
         found = CheckpointStore(run / "checkpoints").load()
@@ -152,7 +160,10 @@ class Soak:
             settings = config(self.folder, name)
             run = Path(settings.output)
             process = spawn(settings)
-            time.sleep(self.draw.uniform(0, 1.1 * self.seconds))
+            if self.draw.random() < 0.25:  # anywhere, before the first step and in the export too
+                time.sleep(self.draw.uniform(0, 1.1 * self.seconds))
+            else:
+                self.wait_for_step(run, process, STEPS)
             os.kill(process, signal.SIGKILL)
             if end_of(process) == 0:
                 self.settle(name, "kills")
@@ -172,9 +183,7 @@ class Soak:
             name, sent = f"stopped-{serial}", self.draw.choice([signal.SIGTERM, signal.SIGINT])
             settings = config(self.folder, name)
             run, process = Path(settings.output), spawn(settings)
-            while self.acknowledged(run) == 0:
-                time.sleep(0.002)
-            time.sleep(self.draw.uniform(0, 0.5 * self.seconds))
+            self.wait_for_step(run, process, STEPS - 2)
             asked = time.monotonic()
             os.kill(process, sent)
             status = end_of(process)

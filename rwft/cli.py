@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rwft.errors import RwftError
+from rwft.errors import ConfigError, RwftError
 
 app = typer.Typer(
     name="rwft",
@@ -112,6 +112,10 @@ def check(
 
     if target.endswith((".yaml", ".yml")):
         check_config_command(target, overrides or [])
+    elif overrides:
+        raise ConfigError(
+            f"'{overrides[0]}': settings go with a config; an objective alone is checked as it is defined"
+        )
     else:
         check_command(target)
 

@@ -241,7 +241,7 @@ def _setting(parameter: inspect.Parameter, hints: Mapping[str, Any], where: str)
         hint, *extras = typing.get_args(hint)
         bound = next((e for e in extras if isinstance(e, Bound)), None)
     choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    kind: Any = type(choices[0]) if choices else hint
+    kind = cast("Any", type(choices[0]) if choices else hint)
     if kind not in SCALARS:
         raise ObjectiveError(
             f"{where}: setting '{name}' has type {hint}; expected float, int, bool, str, Literal or a bound"
