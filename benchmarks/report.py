@@ -24,9 +24,9 @@ def machine(peers: str) -> str:
     """One line: processor, threads, versions."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     versions = [f"{name} {version(name, peers)}" for name in PACKAGES]
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    name = cpu[1] if cpu else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {threads} thread(s); Python {platform.python_version()}, {', '.join(versions)}"
+    name, threads = cpu[1] if cpu else platform.processor(), os.environ.get("OMP_NUM_THREADS", "all")
+    python = f"Python {platform.python_version()}"
+    return f"{name}, {os.cpu_count()} cores, {threads} thread(s); {python}, {', '.join(versions)}"
 
 
 def version(package: str, peers: str) -> str:
@@ -54,7 +54,7 @@ def put(page: str, name: str, content: str) -> str:
 
 
 def between(page: str, name: str) -> str:
-    return page.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
+    return page.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->", maxsplit=1)[0]
 
 
 def steps(markdown: str) -> dict[str, dict[str, tuple[float, float]]]:
@@ -84,7 +84,7 @@ def draw(figures: dict[str, dict[str, tuple[float, float]]]) -> None:
             names, values = list(trainers)[::-1], [trainers[name][row] for name in trainers][::-1]
             colours = ["#1f77b4" if name.startswith("rwft") else "#b0b0b0" for name in names]
             bars = axis.barh(names, values, color=colours)
-            axis.bar_label(bars, fmt="%.3g", padding=3)
+            axis.bar_label(bars, fmt="{:,.0f}" if unit == "MiB" else "{:.1f}", padding=3)
             axis.set_title(f"{what} [{unit}], vocabulary {int(vocabulary):,}", fontsize=10)
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)

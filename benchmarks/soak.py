@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged and starved: python benchmarks/soak.py [--kills 100 ...].
+"""Runs that are killed, stopped, damaged and starved: python benchmarks/soak.py [--kills 60 ...].
 
 One run with dropout and snapshots is trained undisturbed. Then the same run is disturbed at random
 moments, and goes on until it is done: SIGKILL, SIGTERM, a bit flipped in the newest checkpoint, a disk
@@ -239,7 +239,7 @@ class Soak:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, number in (("kills", 100), ("signals", 50), ("flips", 100), ("full", 20), ("seed", 0)):
+    for name, number in (("kills", 60), ("signals", 30), ("flips", 30), ("full", 10), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=number)
     asked = parser.parse_args()
     logging.getLogger("rwft").setLevel(logging.ERROR)  # every flipped bit is a warning
