@@ -85,7 +85,7 @@ def draw(figures: dict[str, dict[str, tuple[float, float]]]) -> None:
             colours = ["#1f77b4" if name.startswith("rwft") else "#b0b0b0" for name in names]
             bars = axis.barh(names, values, color=colours)
             axis.bar_label(bars, fmt="{:,.0f}" if unit == "MiB" else "{:.1f}", padding=3)
-            axis.set_title(f"{what} [{unit}], vocabulary {int(vocabulary):,}", fontsize=10)
+            axis.set_title(f"{what} [{unit}], V = {int(vocabulary):,}", fontsize=10, loc="left")
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
