@@ -601,7 +601,10 @@ def test_the_description_names_roles_and_what_is_ignored() -> None:
         ),
         (HELP, ["attributes lacks weights", "{name: prompt_completion, completion: response}"]),
         ({"prompt": [user("q")], "reward_model": {"ground_truth": "2"}}, ["lacks completion (text or messages)"]),
-        (SCORED | {"reward": "4"}, ["scored lacks reward (number)"]),
+        (
+            {"promt": "q", "completion": "a", "reward": 1.0},
+            ["scored lacks prompt (text or messages; is it 'promt'?)"],
+        ),
         (CHAT | {"label": True}, ["`adapter: messages` (ignores label)"]),
         (SCORED | {"advantage": 0.3}, ["`adapter: scored` (ignores advantage)"]),
         (CHAT | {"tools": [{"type": "function"}]}, ["`adapter: messages` (ignores tools)"]),
@@ -615,6 +618,23 @@ def test_what_fits_no_format_names_the_columns_and_the_line_to_write(row: Row, e
     assert message.startswith(f"adapter: the columns {', '.join(row)} fit no format; nearest: ")
     assert [part for part in expected if part not in message] == []
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (SCORED | {"reward": "4"}, "reward: found text '4', expected number"),
+        (SCORED | {"reward": True}, "reward: found true, expected number"),
+        (SCORED | {"reward": [1.0]}, "reward: found a list of 1, expected number"),
+        (SCORED | {"completion": 3}, "completion: found the number 3, expected text or messages"),
+    ],
+)
+def test_a_value_that_no_format_can_hold_is_named_with_its_line(row: Row, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in (SCORED, SCORED, row)))
+    with pytest.raises(DataError) as caught:
+        read_examples(file)
+    assert str(caught.value) == f"{file}:3: {message}"
 
 
 def test_what_fits_two_formats_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -648,7 +668,7 @@ def test_several_score_columns_are_not_guessed(tmp_path: Path) -> None:
 
 def test_columns_are_judged_by_all_sampled_rows() -> None:
     assert detect([DEMO, DEMO | {"note": 1}]).ignored == ("note",)
-    with pytest.raises(DataError, match="fit no format"):
+    with pytest.raises(DataError, match="row 2: reward: found text 'high', expected number"):
         detect([SCORED, SCORED | {"reward": "high"}])
     assert detect([SCORED | {"reward": 1}, SCORED | {"reward": 0.5}, SCORED | {"reward": None}]).name == "scored"
 

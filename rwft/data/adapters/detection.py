@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwft.data.adapters.contract import ColumnSetting, Row, adapter, columns_of
-from rwft.data.adapters.kinds import UNKNOWN, Kinds, column_kinds
-from rwft.data.adapters.values import MissingColumn, column
+from rwft.data.adapters.kinds import UNKNOWN, Kinds, column_kinds, kinds
+from rwft.data.adapters.values import MissingColumn, column, found
 from rwft.errors import DataError, did_you_mean
 from rwft.registry import Entry
 
@@ -95,10 +95,10 @@ def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def detect(rows: Sequence[Row]) -> Choice:
-    """The one built-in format that the columns of these rows fit.
+def detect(rows: Sequence[Row], places: Sequence[object] = ()) -> Choice:
+    """The one built-in format that the columns of these rows fit; `places` says where each row stands.
 
-    Raises DataError if none fits or several do, with the lines to choose from.
+    Raises DataError if none fits or several do, with the lines to choose from, and if one fits but for a value.
     """
     columns = column_kinds(rows)
     fitting = [choice for name in adapter if (choice := _fit(adapter.entry(name), columns)) is not None]
@@ -108,7 +108,33 @@ def detect(rows: Sequence[Row]) -> Choice:
         lines = " or ".join(f"`{choice.line}`" for choice in fitting)
         raise DataError(f"adapter: the columns {_list(columns)} fit several formats, expected one; write {lines}")
     _check_completions(columns)
+    _check_values(rows, places or [f"row {number}" for number in range(1, len(rows) + 1)], columns)
     raise DataError(f"adapter: the columns {_list(columns)} fit no format; {_nearest(columns)}")
+
+
+def _check_values(rows: Sequence[Row], places: Sequence[object], columns: Columns) -> None:
+    """Where one format has all its columns by name, with nothing left over, the first value that it cannot hold."""
+    named = [entry for name in adapter if (entry := adapter.entry(name)) and _fits_by_name(entry, columns)]
+    if len(named) != 1:
+        return
+    for row, place in zip(rows, places, strict=True):
+        for setting in (s for s in columns_of(named[0]).values() if not s.optional):
+            value = row.get(str(setting.default))
+            if not _holds(setting, kinds(value)) and value is not None:
+                expected = " or ".join(setting.holds.kinds)
+                raise DataError(f"{place}: {setting.default}: found {found(value)}, expected {expected}")
+
+
+def _fits_by_name(entry: Entry, columns: Columns) -> bool:
+    """Whether the columns have every name that this format needs, whatever they hold, and nothing else of meaning."""
+    wanted = columns_of(entry)
+    required = [setting.default for setting in wanted.values() if not setting.optional]
+    if not required or any(s.required for name, s in entry.settings.items() if name not in wanted):
+        return False
+    if not all(name is not None and name in columns for name in required):
+        return False
+    rest = {name: held for name, held in columns.items() if name not in required}
+    return not _left_over(entry, [name for name in rest if name not in _fill(entry, rest, {}).values()], columns)
 
 
 def _check_completions(columns: Columns) -> None:
@@ -271,7 +297,7 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
     for setting in (s for s in wanted.values() if not s.optional):
         name = _find(setting, free, entry.name not in NOT_LOGGED)
         if name is None:
-            missing.append(f"{setting.name} ({' or '.join(setting.holds.kinds)})")
+            missing.append(_lacking(setting, free))
             continue
         free.pop(name)
         if name != setting.default:
@@ -286,6 +312,12 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
         return (len(missing), len(left), renamed), f"{entry.name} lacks {', '.join(missing)}"
     ignoring = f" (ignores {', '.join(left)})" if left else ""
     return (0, len(left), renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
+
+
+def _lacking(setting: ColumnSetting, columns: Columns) -> str:
+    near = [name for name in difflib.get_close_matches(setting.name, columns, n=1) if _holds(setting, columns[name])]
+    hint = f"; is it '{near[0]}'?" if near else ""
+    return f"{setting.name} ({' or '.join(setting.holds.kinds)}{hint})"
 
 
 def _find(setting: ColumnSetting, columns: Columns, renamed: bool) -> str | None:

@@ -40,8 +40,9 @@ class Examples:
 
     def __init__(self, path: Any, spec: Any, limit: int | None, report: str | Path | None) -> None:
         self.path, self.limit, self.report = path, limit, report
-        rows = [row for row, _ in itertools.islice(read_rows(path, limit=limit, report=report), SAMPLE)]
-        self.choice: Choice = detect(rows) if spec == "auto" else _named(spec, rows)
+        sample = list(itertools.islice(read_rows(path, limit=limit, report=report), SAMPLE))
+        rows, places = [row for row, _ in sample], [source for _, source in sample]
+        self.choice: Choice = detect(rows, places) if spec == "auto" else _named(spec, rows)
         self.entry = adapter.entry(self.choice.name if spec == "auto" else split_spec("adapter", spec)[0])
         self.settings = self.entry.bind(self.choice.settings, f"adapter '{self.entry.name}'")
         self.ledger = Ledger()
