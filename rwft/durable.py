@@ -10,10 +10,12 @@ import os
 import shutil
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from rwft.errors import SaveError, UserError
 
@@ -71,15 +73,25 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise SaveError(f"{path}: not written: {disk_report(error, path.parent, len(content))}") from error
 
 
-def disk_report(error: BaseException, folder: Path, needed: int) -> str:
-    """Why a write failed, in one line: the reason, bytes needed, bytes free."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails while something is written at `path` becomes a SaveError with the path and the reason."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"{path}: not written: {disk_report(error, path.parent)}") from error
+
+
+def disk_report(error: BaseException, folder: Path, needed: int | None = None) -> str:
+    """Why a write failed, in one line: the reason, bytes needed if that is known, bytes free."""
     reason = " ".join(str(error).split())
     reason = reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}"
     try:
         free = f"{shutil.disk_usage(folder).free} bytes are free"
     except OSError:
         free = "the free space cannot be read"
-    return f"{reason}; {needed} bytes are needed, {free}; if the disk is full, make room or name another output"
+    wanted = "" if needed is None else f"{needed} bytes are needed, "
+    return f"{reason}; {wanted}{free}; if the disk is full, make room or name another output"
 
 
 def describe(path: Path) -> dict[str, int | str]:

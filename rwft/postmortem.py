@@ -97,6 +97,8 @@ def _cause(training: Training, rows: list[dict[str, Any]], norm: float) -> str:
             return f"a log-probability of row {row['source']} is not finite (model or data)"
         if not row["weights_finite"]:
             return f"objective '{training.objective}' gave a weight that is not finite for row {row['source']}"
+    if math.isfinite(norm):
+        return f"the loss is not finite, though its gradient is (penalties: {len(training.penalties)})"
     return f"the gradient is not finite (norm {norm}); a lower train.lr may help"
 
 

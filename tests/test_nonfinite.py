@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,25 @@ def test_a_gradient_alone_stops_the_run(
     with pytest.raises(NonFiniteError, match=r"step 0: the gradient is not finite \(norm inf\)"):
         train(tiny(tmp_path))
     assert around == [(0, False, False)]
+
+
+LOSS_ALONE = """
+import os, torch
+calls = iter(range(10**6))
+def bad(logp_all):
+    here = next(calls) >= 4 and os.environ.get("RANK", "1") == "1"
+    return 0 * logp_all.sum(dim=-1) + (float("nan") if here else 0.0)
+"""
+"""A penalty without slope, from the fifth call on nan: the gradient stays finite, the loss does not."""
+
+
+def test_a_loss_alone_stops_the_run(tmp_path: Path, around: list[tuple[int, bool, bool]]) -> None:
+    (tmp_path / "alone.py").write_text(LOSS_ALONE)
+    config = tiny(tmp_path, "train.steps=12")
+    with pytest.raises(NonFiniteError, match="the loss is not finite, though its gradient is"):
+        train(replace(config, regularize=[{"name": f"{tmp_path}/alone.py:bad", "coef": 1.0}]))
+    assert [changed for _, changed, _ in around] == [True] * (len(around) - 1) + [False]
+    assert len(around) > 1
 
 
 @pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -290,14 +310,21 @@ def test_one_rank_stops_or_skips_for_all(tmp_path: Path, root: Path) -> None:
         "    here = os.environ['RANK'] == '1' and round(float(progress) * 4) == 2\n"
         "    return torch.full_like(logp, float('nan')) if here else torch.ones_like(logp)\n"
     )
+    (tmp_path / "alone.py").write_text(LOSS_ALONE)
     for name in ("abort", "skip"):
         more = ("train.batch_size=4", "train.accumulate=2", f"train.on_nonfinite={name}")
         config = tiny(tmp_path, *more, objective=f"{tmp_path}/bad.py:bad", name=name)
         (tmp_path / f"{name}.yaml").write_text(to_yaml(config))
-    torchrun(2, tmp_path, ["abort", "skip"], root, script=ONE_RANK)
+    alone = replace(config, objective="sft", output=str(tmp_path / "alone"))
+    alone = replace(alone, train=replace(alone.train, on_nonfinite="abort", steps=12))
+    alone = replace(alone, regularize=[{"name": f"{tmp_path}/alone.py:bad", "coef": 1.0}])
+    (tmp_path / "alone.yaml").write_text(to_yaml(alone))
+    torchrun(2, tmp_path, ["abort", "skip", "alone"], root, script=ONE_RANK)
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert one == two
     assert one["abort"]["changed"] == [True, True, False]
+    assert one["alone"]["changed"][-2:] == [True, False]
+    assert "the loss is not finite, though its gradient is" in one["alone"]["error"]
     assert "step 2: objective 'bad' gave a weight that is not finite for row" in one["abort"]["error"]
     assert one["skip"] == {"changed": [True, True, False, True], "error": None}
     dump = json.loads((tmp_path / "abort" / "nonfinite.json").read_text())
