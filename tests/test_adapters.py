@@ -69,6 +69,8 @@ def bot(text: str, **more: Any) -> Row:
 SCORED = {"prompt": "1+1?", "completion": "2", "reward": 1}
 BINARY = {"prompt": "1+1?", "completion": "2", "label": True}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+RATINGS = {"chosen_reward": "chosen_rating", "rejected_reward": "rejected_rating"}
+TWO = {"prompt": "p", "response_1": "one", "response_2": "two"}
 ROLLOUTS = {"prompt": "3*4?", "completions": ["12", "14"], "rewards": [1.0, 0]}
 RATED = {"instruction": "Pick a colour", "generations": ["blue", "7"], "ratings": [5, "1.5"]}
 REVIEWED = {
@@ -453,6 +455,67 @@ def test_helpsteer3_ties_are_dropped() -> None:
     assert adapted("helpsteer3", HELP3 | {"overall_preference": 0}) == [Dropped("tie: both rewards are the same")]
 
 
+@pytest.mark.parametrize(
+    ("row", "settings", "rewards"),
+    [
+        ({"s": -2.0}, {"strength": "s"}, [2.0, 0.0]),
+        ({"s": 1}, {"strength": "s"}, [0.0, 1.0]),
+        ({"a": 3, "b": -1.5}, {"first_reward": "a", "second_reward": "b"}, [3.0, -1.5]),
+        ({"w": 0}, {"winner": "w"}, [1.0, 0.0]),
+        ({"w": 1}, {"winner": "w", "good": 2.0, "bad": -1.0}, [-1.0, 2.0]),
+        ({"w": "B"}, {"winner": "w", "first_wins": "A", "second_wins": "B"}, [0.0, 1.0]),
+    ],
+)
+def test_comparisons_by_each_account(row: Row, settings: Row, rewards: list[float]) -> None:
+    pair = examples("comparison", TWO | row, **settings)
+    assert [(e.prompt, e.completion) for e in pair] == [("p", "one"), ("p", "two")]
+    assert [e.reward for e in pair] == rewards
+    assert pair[0].group == pair[1].group is not None
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "reason"),
+    [
+        ({"s": 0}, {"strength": "s"}, "tie: both rewards are the same"),
+        ({"w": "neither"}, {"winner": "w"}, "tie: both rewards are the same"),
+        ({"w": 0, "response_2": "one"}, {"winner": "w"}, "tie: both completions are the same"),
+    ],
+)
+def test_comparisons_that_are_ties_are_dropped(row: Row, settings: Row, reason: str) -> None:
+    assert adapted("comparison", TWO | row, **settings) == [Dropped(reason)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "found 0 accounts of which response is better, expected one of strength, first_reward"),
+        ({"strength": "s", "winner": "w"}, "found 2 accounts"),
+        ({"first_reward": "s"}, "second_reward: found a score for one of the pair"),
+        ({"winner": "x"}, "x: found the number 0.5, expected text or a whole number that names the winner"),
+        ({"winner": "t"}, "t: found true, expected text or a whole number"),
+    ],
+)
+def test_comparisons_need_one_account(settings: Row, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        adapted("comparison", TWO | {"s": 1.0, "w": 0, "x": 0.5, "t": True}, **settings)
+
+
+def test_rewards_of_rollouts_may_be_verdicts_and_are_counted() -> None:
+    row = ROLLOUTS | {"rewards": [True, False]}
+    assert [e.reward for e in examples("rollouts", row)] == [1.0, 0.0]
+    assert adapted("rollouts", row).count(Coerced("true or false read as reward 1 or 0")) == 2
+    with pytest.raises(DataError, match=r"rewards\[1\]: found false"):  # a mixture is no verdict
+        adapted("rollouts", ROLLOUTS | {"rewards": [1.0, False]})
+
+
+@pytest.mark.parametrize("name", ["is_correct", "passed", "thumbs_up", "helpfulness"])
+def test_a_verdict_is_not_left_out(name: str) -> None:
+    value = 3 if name == "helpfulness" else True
+    with pytest.raises(DataError, match="fit no format"):
+        detect([DEMO | {name: value}])
+    assert detect([DEMO | {name: "text"}]).name == "prompt_completion"
+
+
 def test_steps_become_spans_of_the_text() -> None:
     example = only("steps", STEPS, good=2.0, bad=-0.5)
     assert example.completion == "Divide by 2.\nx=3"
@@ -549,6 +612,13 @@ DETECTED: list[tuple[Row, str, Row]] = [
     (RATED | {"model_names": ["a", "b"], "rationales": ["x", "y"]}, "ratings", {}),
     (REVIEWED, "ultrafeedback", {}),
     (HELP3, "helpsteer3", {}),
+    (TWO | {"preference_strength": 1, "preference_statement": "s"}, "comparison", {"strength": "preference_strength"}),
+    (ROLLOUTS | {"rewards": [True, False]}, "rollouts", {}),
+    (
+        PAIR | {"chosen_rating": 5.0, "rejected_rating": 3.0, "chosen_model": "m"},
+        "preference",
+        {"prompt": "prompt", **RATINGS},
+    ),
     (STEPS, "steps", {}),
     (SHEPHERD, "math_shepherd", {}),
     (PRM, "prm800k", {}),

@@ -22,11 +22,18 @@ JUDGEMENT = re.compile(
     r"(^|[^a-z])(reward|score|rating|label|advantage|preference|chosen|rejected|weight|return|rank|logprob|finish|kto)s?([^a-z]|$)",
     re.IGNORECASE,
 )
+# So would a verdict or a number under such a name; text under it is an answer to compare with.
+VERDICT = re.compile(
+    r"(^|[^a-z])(correct|correctness|success|passed|thumbs|votes|liked|accepted|verdict|grade|good|better|winner|quality|helpfulness)([^a-z]|$)",
+    re.IGNORECASE,
+)
 CONTENT = {"completion", "response", "generation", "output", "message", "conversation"}
 CONTENT |= {"system", "history", "tool", "image"}
 TALK = {"text", "messages", "texts", "turns", "conversations", "mapping", "mappings", "lists"}
 HARMLESS = {
-    "preference": {"messages"},  # repeats the chosen conversation
+    "preference": {"messages", "chosen_model", "rejected_model"},  # the first repeats the chosen conversation
+    "comparison": {"preference_statement", "preference_elaboration", "all_preferences_unprocessed"},
+    "prm800k": {"is_quality_control_question"},
     "open_instruct": {"advantage"},  # credit is assigned anew
     "nemo_rollouts": {"advantages", "prev_logprobs", "content"},
     "trl_completions": {"advantage"},
@@ -47,15 +54,18 @@ NOT_LOGGED = {
 }
 EXAMPLES = {"tokenizer": "path/to/model"}  # of settings that are neither a column nor weights of columns
 VERL_PROMPTS = {"data_source", "prompt", "reward_model"}
+VERDICTS = ("is_correct", "correct", "passed", "success", "thumbs_up", "liked", "accepted")
 SYNONYMS = (
-    ("prompt", "question", "instruction", "query", "problem", "input", "context"),
+    ("prompt", "question", "instruction", "query", "problem", "input", "context", "history"),
     ("completion", "response", "answer", "output", "solution", "generation"),
-    ("reward", "score", "rating", "value", "label"),
+    ("reward", "score", "rating", "value", "label", *VERDICTS),
     ("completions", "generations", "responses", "outputs", "answers", "samples"),
-    ("rewards", "scores", "ratings", "labels"),
+    ("rewards", "scores", "ratings", "labels", "correctness_math_verify", "correctness"),
     ("messages", "conversations", "conversation", "dialogue"),
-    ("chosen", "preferred", "winner", "output_A"),
-    ("rejected", "dispreferred", "loser", "output_B"),
+    ("chosen", "preferred", "preferred_output", "winner", "output_A"),
+    ("rejected", "dispreferred", "non_preferred_output", "loser", "output_B"),
+    ("first", "response_0", "response_1", "response1", "answer_0", "human_ref_A"),
+    ("second", "response_2", "response_1", "response2", "answer_1", "human_ref_B"),
 )
 Columns = Mapping[str, Kinds | None]
 
@@ -216,7 +226,8 @@ def _means_something(name: str, found: Kinds | None) -> bool:
     if found is None:  # always null
         return False
     is_talk = name.lower().rstrip("s") in CONTENT and bool(found & TALK)
-    return is_talk or JUDGEMENT.search(name) is not None
+    is_verdict = VERDICT.search(name) is not None and bool(found & {"boolean", "number", "booleans", "numbers"})
+    return is_talk or is_verdict or JUDGEMENT.search(name) is not None
 
 
 def _reachable(name: str, rows: Sequence[Row]) -> bool:
@@ -289,7 +300,7 @@ def _nearest(columns: Columns) -> str:
 
 
 def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str]:
-    """How far a format is (columns missing, columns left over, columns renamed), and what to write."""
+    """How far a format is (columns missing or left over, those missing, those renamed), and what to write."""
     settings: dict[str, Any] = {}
     missing: list[str] = []
     free = dict(columns)
@@ -303,15 +314,18 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
         if name != setting.default:
             settings[setting.name] = name
     renamed = len(settings)
+    optional = _fill(entry, free, {})
+    settings |= optional
+    free = {name: held for name, held in free.items() if name not in optional.values()}
     needs = [name for name, s in entry.settings.items() if s.required and name not in wanted]
     missing += needs
     left = _left_over(entry, list(free), columns)
     if "weights" in needs:
         left = [name for name in left if name not in _weighable(entry, columns)]
     if missing:
-        return (len(missing), len(left), renamed), f"{entry.name} lacks {', '.join(missing)}"
+        return (len(missing) + len(left), len(missing), renamed), f"{entry.name} lacks {', '.join(missing)}"
     ignoring = f" (ignores {', '.join(left)})" if left else ""
-    return (0, len(left), renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
+    return (len(left), 0, renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
 
 
 def _lacking(setting: ColumnSetting, columns: Columns) -> str:

@@ -15,6 +15,8 @@ Chosen = Holds(("number",), ("score_chosen", "chosen_score", "chosen_rating", "r
 Rejected = Holds(("number",), ("score_rejected", "rejected_score", "rejected_rating", "reward_rejected"))
 ChosenScore = Annotated[str, Chosen]
 RejectedScore = Annotated[str, Rejected]
+Strength = Annotated[str, Holds(("number",), ("preference_strength",))]
+Winner = Annotated[str, Holds(("text", "whole number"))]
 
 SAME = "tie: both completions are the same"
 TIE = "tie: both rewards are the same"
@@ -83,11 +85,68 @@ def helpsteer3(
         yield from _pair(row, source, prompt, replies, (max(-margin, 0.0), max(margin, 0.0)), group)
 
 
-def _rewards(row: Row, chosen: str | None, rejected: str | None) -> tuple[float, float] | None:
+@adapter
+def comparison(
+    row: Row,
+    source: Source,
+    *,
+    prompt: Content = "prompt",
+    first: Content = "response_1",
+    second: Content = "response_2",
+    strength: Strength | None = None,
+    first_reward: Number | None = None,
+    second_reward: Number | None = None,
+    winner: Winner | None = None,
+    first_wins: str = "0",
+    second_wins: str = "1",
+    good: float = 1.0,
+    bad: float = 0.0,
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """Two responses, and which is better by one of three accounts. Ties are dropped, and counted.
+
+    `strength`: a number, below 0 if the first is better; its size is the better one's reward, the other's is 0.
+    `first_reward` and `second_reward`: a score for each. `winner`: a column that holds `first_wins` or
+    `second_wins`, for rewards `good` and `bad`; another value is a tie.
+    """
+    accounts = strength, first_reward or second_reward, winner
+    if sum(account is not None for account in accounts) != 1:
+        raise DataError(
+            f"adapter 'comparison': found {sum(a is not None for a in accounts)} accounts of which response is better, "
+            "expected one of strength, first_reward with second_reward, and winner"
+        )
+    replies = content(column(row, first), first), content(column(row, second), second)
+    if strength is not None:
+        margin = number(column(row, strength), strength)
+        rewards = max(-margin, 0.0), max(margin, 0.0)
+    elif winner is not None:
+        rewards = _by_winner(column(row, winner), winner, (first_wins, second_wins), (good, bad))
+    else:
+        rewards = _rewards(row, first_reward, second_reward, ("first_reward", "second_reward")) or (0.0, 0.0)
+    if replies[0] == replies[1] or rewards[0] == rewards[1]:
+        yield Dropped(SAME if replies[0] == replies[1] else TIE)
+    else:
+        yield from _pair(row, source, content(column(row, prompt), prompt), replies, rewards, group)
+
+
+def _by_winner(value: object, field: str, wins: tuple[str, str], rewards: tuple[float, float]) -> tuple[float, float]:
+    """Rewards of first and second; equal ones if the value names neither."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise wrong(value, field, "text or a whole number that names the winner")
+    good, bad = rewards
+    return (good, bad) if str(value) == wins[0] else (bad, good) if str(value) == wins[1] else (bad, bad)
+
+
+def _rewards(
+    row: Row,
+    chosen: str | None,
+    rejected: str | None,
+    settings: tuple[str, str] = ("chosen_reward", "rejected_reward"),
+) -> tuple[float, float] | None:
     if chosen is None and rejected is None:
         return None
     if chosen is None or rejected is None:
-        missing = "chosen_reward" if chosen is None else "rejected_reward"
+        missing = settings[0] if chosen is None else settings[1]
         raise DataError(f"{missing}: found a score for one of the pair, expected one for each, or for none")
     return number(column(row, chosen), chosen), number(column(row, rejected), rejected)
 

@@ -43,6 +43,7 @@ from rwft.errors import DataError
 
 Contents = Annotated[str, Holds(("texts", "conversations"))]
 Ratings = Annotated[str, Holds(("numbers or texts",))]
+Rewards = Annotated[str, Holds(("numbers", "booleans"))]
 Reviewed = Annotated[str, Holds(("mappings",))]
 ManyNumbers = Annotated[str, Holds(("lists of numbers",))]
 ManyWholeNumbers = Annotated[str, Holds(("lists of whole numbers",))]
@@ -51,6 +52,7 @@ Answer = Annotated[str, Holds(("text", "whole number"), ("ground_truth",))]
 
 AS_TEXT = " (to read text as numbers, add `text_numbers: true`)"
 READ_AS_NUMBER = "number given as text"
+READ_AS_VERDICT = "true or false read as reward 1 or 0"
 UNRATED = "completion without a numeric rating"
 
 
@@ -109,7 +111,7 @@ def rollouts(
     *,
     prompt: Content = "prompt",
     completions: Contents = "completions",
-    rewards: Numbers = "rewards",
+    rewards: Rewards = "rewards",
     values: Numbers | None = None,
     group: Key | None = None,
     answer: Answer | None = None,
@@ -118,17 +120,21 @@ def rollouts(
     finish_reasons: Finishes | None = None,
     text_numbers: bool = False,
 ) -> Iterator[Yield]:
-    """Many completions of one prompt, with lists of the same length beside them."""
+    """Many completions of one prompt, with lists of the same length beside them; rewards may be true and false."""
     replies = items(column(row, completions), completions)
     scores = parallel(column(row, rewards), rewards, len(replies), completions)
     expected = _beside(row, values, len(replies), completions)
     extras = [_beside(row, name, len(replies), completions) for name in (logprobs, token_ids, finish_reasons)]
     question = (prompt, column(row, prompt))
+    verdicts = all(isinstance(score, bool) for score in scores)
     for i, (reply, given) in enumerate(zip(replies, scores, strict=True)):
         field, rated = f"{rewards}[{i}]", given
         if text_numbers and isinstance(rated, str):
             yield Coerced(READ_AS_NUMBER)
             rated = number_or_text(rated, field)
+        elif verdicts:
+            yield Coerced(READ_AS_VERDICT)
+            rated = float(rated)
         reward = number(rated, field, AS_TEXT)
         example = _example(row, source, question, (f"{completions}[{i}]", reply), group, answer, reward)
         example = _valued(example, f"{expected[0]}[{i}]", expected[1][i])
