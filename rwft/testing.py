@@ -69,6 +69,8 @@ def examine(fn: Callable[..., Tensor] | str | Mapping[str, Any] | Objective) -> 
             passed.append(law)
         else:
             failed.append(f"{law}: {finding}")
+            if law == SHAPES:  # every later law would only say so again
+                break
     return Report(str(objective), tuple(passed), tuple(failed))
 
 
@@ -339,10 +341,11 @@ def _token_local(objective: Objective) -> Iterator[str]:
             )
 
 
+SHAPES = "shapes (), (b 1) or (b t)"
 LAWS: Mapping[str, Callable[[Objective], Iterator[str]]] = MappingProxyType(
     {
         "documented": _documented,
-        "shapes (), (b 1) or (b t)": _shapes,
+        SHAPES: _shapes,
         "signals unchanged": _pure,
         "deterministic": _deterministic,
         "weights are constants": _constant,

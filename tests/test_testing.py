@@ -181,6 +181,10 @@ def test_a_planted_mistake_is_found_by_its_law(planted: object, law: str) -> Non
     assert all(line.startswith(f"objective '{name}': ") for line in lines)
 
 
+def test_a_wrong_shape_is_said_once() -> None:
+    assert [finding.partition(":")[0] for finding in examine(flat_rows).failed] == ["shapes (), (b 1) or (b t)"]
+
+
 def test_the_gradient_law_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """No objective can break it while the estimator is right, so the estimator is broken here."""
     import rwft.testing
