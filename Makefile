@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test quick soak bench lint types format clean
+.PHONY: demo test quick soak bench evidence lint types format clean
 
 demo: $(STAMP)  ## objectives against each other on an embedded offline task, with intervals and a plot
 	$(BIN)/rwft compare configs/demo.yaml
@@ -22,6 +22,9 @@ soak: $(STAMP)  ## runs that are killed, stopped, damaged and starved at random 
 
 bench: $(STAMP)  ## head, step and shared prompts, into docs/performance.md; PEERS=<python that has TRL> compares with it
 	$(BIN)/python benchmarks/report.py $(if $(PEERS),--peers $(PEERS))
+
+evidence: $(STAMP)  ## objectives where the truth is known, into docs/evidence.md; MODEL=<folder of a small language model>
+	$(BIN)/python -m benchmarks.evidence $(if $(MODEL),--model $(MODEL))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,14 +1,17 @@
-"""The `rwft` command: train, compare, evaluate, objectives, data, check. No logic lives here."""
+"""The `rwft` command: train, compare, evaluate, objectives, data, check, new. No logic lives here."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
 
 from rwft.errors import ConfigError, RwftError
+from rwft.redaction import redact
 
 app = typer.Typer(
     name="rwft",
@@ -30,11 +33,32 @@ Replay = Annotated[
     typer.Option("--replay", help="CONFIG is a finished run's folder: run it again from its manifest and compare."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Set an earlier run in the same output aside and start over.")]
+Plan = Annotated[
+    bool, typer.Option("--plan", help="Train nothing: print parameters, memory per device, rows, steps and tokens.")
+]
+Processes = Annotated[
+    int | None, typer.Option("--processes", metavar="N", help="With --plan: for N processes, not the launcher's.")
+]
+Engine = Annotated[str | None, typer.Option("--engine", help="With --plan: one, ddp or fsdp2, not the launcher's.")]
 
 
 @app.command(epilog="Example: rwft train configs/awr.yaml objective=dft train.steps=200 output=runs/dft")
-def train(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = False, replay: Replay = False) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    replay: Replay = False,
+    plan: Plan = False,
+    processes: Processes = None,
+    engine: Engine = None,
+) -> None:
     """Train a policy. The same command in the same output goes on where it stopped."""
+    if plan:
+        from rwft.plan import plan_command
+
+        return plan_command(config, overrides or [], processes, engine)
+    if processes is not None or engine is not None:
+        raise ConfigError("--processes and --engine: say what to plan for; give them with --plan")
     if replay:
         from rwft.replay import replay_command
 
@@ -47,7 +71,7 @@ def train(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = False,
 
 @app.command(epilog="Example: rwft compare configs/demo.yaml objective=sft,dft,rwr,iw_sft,[dft,filtered_bc] seeds=3")
 def compare(config: ConfigFile, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Train several objectives and seeds on the same data order; a table, a JSON file and a plot."""
+    """Train several objectives and seeds on the same data order; a table, a report (HTML) and which to choose."""
     from rwft.compare import compare_command
 
     compare_command(config, overrides or [], fresh=fresh)
@@ -76,6 +100,8 @@ def objectives(
     """List the objectives by family with what each reads, or explain one."""
     from rwft.catalogue import describe, draw, overview
 
+    if plot is not None and name is None:
+        raise ConfigError(f"--plot {plot}: one objective is drawn at a time; name it, e.g. rwft objectives dft --plot")
     typer.echo(overview() if name is None else describe(name))
     if plot is not None and name is not None:
         draw(name, plot)
@@ -120,6 +146,19 @@ def check(
         check_command(target)
 
 
+def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of a bug, here or in a function of the user's, on standard error."""
+    typer.echo(redact("".join(traceback.format_exception(kind, error, trace))), err=True)
+
+
+@app.command(epilog="Example: rwft new sqrt_dft, then cd sqrt_dft && pip install -e . && pytest")
+def new(name: Annotated[str, typer.Argument(metavar="NAME", help="A Python name for the objective.")]) -> None:
+    """Write a plugin package with an objective of your own, its conformance test, a config and a README."""
+    from rwft.skeleton import new_command
+
+    typer.echo("\n".join(new_command(name)))
+
+
 def main() -> None:
     """Run the command line; mistakes end in one line on standard error and their exit status."""
     try:
@@ -128,8 +167,11 @@ def main() -> None:
         if done.code:
             raise
     except RwftError as error:
-        typer.echo(f"rwft: {error}", err=True)
+        typer.echo(f"rwft: {redact(str(error))}", err=True)
         sys.exit(error.exit_status)
+    except Exception:
+        sys.excepthook = print_redacted  # Typer has set its own
+        raise
     if "torch.distributed" in sys.modules:
         from torch import distributed
 

@@ -6,34 +6,32 @@ trained by plain SFT, once, and all runs of that seed start from its exported mo
 case of fine-tuning a model that already speaks. Every run has a folder of its own and goes on
 where it stopped; finished runs are not run again.
 
-    <output>/prior/seed-0/   <output>/sft/seed-0/   ...   compare.json   compare.csv   compare.png
+    <output>/prior/seed-0/   <output>/sft/seed-0/   ...   report.html
+    compare.json   compare.csv   compare.png   compare.yaml
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rwft.comparison import PRIOR, Comparison, Outcome, summarise, table, title, to_csv
+from rwft.config import CompareConfig, Config, load_config, plain, to_yaml
+from rwft.errors import ConfigError, RwftError, did_you_mean
+from rwft.redaction import redact
 
-from rwft.config import CompareConfig, Config, load_config
-from rwft.errors import ConfigError, RwftError
-
-PRIOR = "prior"
 SHORT = {"objective": "objectives", "objectives": "objectives", "seeds": "seeds", "workers": "workers"}
-BAND = (0.0, 1.0)
-COLUMNS = {"nll/mean": "NLL", "nll_good/mean": "NLL good", "nll_bad/mean": "NLL bad"}
+EVALUATED, DRIFTED = "compare.json", "drift.json"  # what is kept in a run's folder
 
 
 @dataclass(frozen=True)
@@ -46,74 +44,41 @@ class Job:
     fresh: bool
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to: mean score of its samples (None without a verifier), held-out figures, and their course.
-
-    `curve` holds `(step, figures)` for every evaluation of the run, in order.
-    """
-
-    label: str
-    seed: int
-    output: str
-    success: float | None
-    low: float | None
-    high: float | None
-    held_out: dict[str, float]
-    curve: tuple[tuple[int, dict[str, float]], ...]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """An objective over its seeds. `low` and `high` bound the mean score with 95% confidence (see `interval`)."""
-
-    label: str
-    seeds: int
-    success: float | None
-    low: float | None
-    high: float | None
-    held_out: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All runs, their summaries in the order of the config (a prior first), and the behaviour policy's rate.
-
-    `behavior_exact`: the rate is known in closed form, not estimated from the rewards of the held-out rows.
-    """
-
-    summaries: tuple[Summary, ...]
-    outcomes: tuple[Outcome, ...]
-    behavior: float | None
-    behavior_exact: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return asdict(self)
-
-
-def compare(config: Config, *, fresh: bool = False, console: Any = None) -> Comparison:
+def compare(config: Config, *, fresh: bool = False, console: Any = None, command: str | None = None) -> Comparison:
     """Run every objective of `config.compare` with every seed, and sum up.
 
-    Writes compare.json, compare.csv and compare.png into `config.output`. Raises ConfigError for
-    objectives that cannot be told apart, and whatever a run raises.
+    Writes report.html, compare.json, compare.csv, compare.png and compare.yaml into `config.output`; `command` is
+    how it was started, for the report. Raises ConfigError for objectives that cannot be told apart, and whatever a
+    run raises.
     """
-    from rwft.checkpoint import write_atomic
-    from rwft.plots import plot_comparison
     from rwft.progress import Display
 
     _refuse_ranks()
-    labels = list(objectives(config))
+    labels = [*([PRIOR] if config.compare.prior else []), *objectives(config)]
     with Display(console, main=True) as display:
         outcomes = run_all(config, fresh, display)
-        result = summarise(config, outcomes, [*([PRIOR] if config.compare.prior else []), *labels])
+        result = summarise(outcomes, labels, *behavior_rate(config, outcomes))
         folder = Path(config.output).expanduser()
-        write_atomic(folder / "compare.json", json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
-        write_atomic(folder / "compare.csv", to_csv(result.outcomes))
-        plot_comparison(result, folder / "compare.png")
-        display.table(_title(result), *table(result))
-        display.say(f"runs, compare.json, compare.csv and compare.png: {folder}")
+        headline = write_all(config, result, folder, command)
+        display.table(title(result), *table(result))
+        display.say(headline, f"report: {folder / 'report.html'}")
+        display.say(f"runs, compare.json, compare.csv, compare.png and compare.yaml: {folder}")
     return result
+
+
+def write_all(config: Config, result: Comparison, folder: Path, command: str | None) -> str:
+    """Every file of a comparison but its runs'; gives back the headline of the report."""
+    from rwft.durable import write_atomic
+    from rwft.plots import plot_comparison
+    from rwft.report import gather, render
+
+    write_atomic(folder / "compare.json", json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
+    write_atomic(folder / "compare.csv", to_csv(result.outcomes))
+    write_atomic(folder / "compare.yaml", to_yaml(config))
+    plot_comparison(result, folder / "compare.png")
+    report = gather(config, result, command)
+    write_atomic(folder / "report.html", render(report))
+    return report.recommendation.headline
 
 
 def _refuse_ranks() -> None:
@@ -133,6 +98,9 @@ def objectives(config: Config) -> dict[str, Any]:
         if slug(label) in folders:
             raise ConfigError(f"compare.objectives: '{label}' comes twice (folder '{slug(label)}'); expected each once")
         folders[slug(label)], out[label] = label, spec
+    baseline = config.compare.baseline
+    if baseline not in out and baseline != "sft":
+        raise ConfigError(f"compare.baseline: '{baseline}' is none of the objectives; {did_you_mean(baseline, out)}")
     return out
 
 
@@ -169,6 +137,10 @@ def _job(config: Config, label: str, seed: int, fresh: bool, **changes: Any) -> 
 def run_all(config: Config, fresh: bool, display: Any) -> list[Outcome]:
     """Every run; with several workers, each seed's objectives as soon as its prior is there."""
     seeds = [config.train.seed + i for i in range(config.compare.seeds)]
+    jobs = [job for seed in seeds for stage in _stages(config, seed, fresh) for job in stage]
+    finished = [] if fresh else list(map(kept, jobs))
+    if finished and None not in finished:
+        return [found for found in finished if found is not None]
     total = len(seeds) * (len(objectives(config)) + (config.compare.prior is not None))
     if config.compare.workers > 1:
         try:
@@ -179,7 +151,7 @@ def run_all(config: Config, fresh: bool, display: Any) -> list[Outcome]:
                 "finished (fewer compare.workers need less)"
             ) from None
     outcomes: list[Outcome] = []
-    for job in (job for seed in seeds for stage in _stages(config, seed, fresh) for job in stage):
+    for job in jobs:
         display.say(f"run {len(outcomes) + 1} of {total}: {job.label}, seed {job.seed}")
         outcomes.append(execute(job))
     return outcomes
@@ -223,29 +195,64 @@ def _start_worker(threads: int) -> None:
     logging.disable_progress_bar()
 
 
-def execute(job: Job) -> Outcome:
-    """Train (or find finished), evaluate what was exported, and keep the outcome in the run's folder.
+def kept(job: Job) -> Outcome | None:
+    """The outcome of a run that is finished and evaluated as it would be now; no model is loaded."""
+    from rwft.run import open_run
 
-    An error of the run is raised with its label and seed before the message.
-    """
+    with _named(job):
+        folder = open_run(job.config, main=True, fresh=False)
+        if folder.finished() is None or not (folder.path / DRIFTED).is_file():
+            return None
+    evaluation = _evaluation(job, folder.path)
+    return None if evaluation is None else outcome(job, folder.path, evaluation)
+
+
+def _evaluation(job: Job, folder: Path) -> dict[str, Any] | None:
+    """What was kept of a run's evaluation; None where there is none, or its settings were others."""
+    file = folder / EVALUATED
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return stored if stored.get("evaluate") == plain(job.config.evaluate) else None
+
+
+def execute(job: Job) -> Outcome:
+    """Train (or find finished), evaluate what was exported, and keep the outcome in the run's folder."""
     from rich.console import Console
 
-    from rwft.checkpoint import write_atomic
-    from rwft.evaluate import evaluate, exported
     from rwft.loop import train
 
-    quiet = Console(quiet=True)
+    with _named(job):
+        folder = Path(train(job.config, fresh=job.fresh, console=Console(quiet=True)).output)
+        _evaluate(job, folder)
+        return outcome(job, folder, json.loads((folder / EVALUATED).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _named(job: Job) -> Iterator[None]:
+    """An error says which run it was."""
     try:
-        folder = Path(train(job.config, fresh=job.fresh, console=quiet).output)
-        kept = folder / "compare.json"
-        if not kept.is_file():
-            model, adapter = exported(job.config, folder / "model")
-            result = evaluate(replace(job.config, model=model), quiet, adapter)
-            write_atomic(kept, json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n")
-        return outcome(job, folder, json.loads(kept.read_text(encoding="utf-8")))
+        yield
     except RwftError as error:
         error.args = (f"{job.label}, seed {job.seed}: {error}", *error.args[1:])
         raise
+
+
+def _evaluate(job: Job, folder: Path) -> None:
+    """Evaluate a finished run, and measure how far it went, where that was not done with the same settings."""
+    from rich.console import Console
+
+    from rwft.drift import drift
+    from rwft.durable import write_atomic
+    from rwft.evaluate import evaluate, exported
+
+    model, adapter = exported(job.config, folder / "model")
+    config = replace(job.config, model=model)
+    if _evaluation(job, folder) is None:
+        found = evaluate(config, Console(quiet=True), adapter, start=job.config.model)
+        content = {"evaluate": plain(job.config.evaluate), **found.to_json()}
+        write_atomic(folder / EVALUATED, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    if not (folder / DRIFTED).is_file():
+        went = drift(config, job.config.model, adapter)
+        write_atomic(folder / DRIFTED, json.dumps(went.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def outcome(job: Job, folder: Path, evaluation: dict[str, Any]) -> Outcome:
@@ -264,46 +271,6 @@ def read_curve(path: Path) -> Iterable[tuple[int, dict[str, float]]]:
             yield int(record["step"]), figures
 
 
-def summarise(config: Config, outcomes: Iterable[Outcome], labels: Sequence[str]) -> Comparison:
-    """Runs by objective, in the order of `labels`, and within one by seed."""
-    ordered = sorted(outcomes, key=lambda o: (labels.index(o.label), o.seed))
-    behavior, exact = behavior_rate(config, ordered)
-    summaries = tuple(summary(label, [o for o in ordered if o.label == label]) for label in labels)
-    return Comparison(summaries, tuple(ordered), behavior, exact)
-
-
-def summary(label: str, runs: Sequence[Outcome]) -> Summary:
-    """One objective over its seeds."""
-    names = [name for name in runs[0].held_out if all(name in run.held_out for run in runs)]
-    held_out = {name: float(np.mean([run.held_out[name] for run in runs])) for name in names}
-    scores = [run.success for run in runs if run.success is not None]
-    if len(scores) < len(runs):
-        return Summary(label, len(runs), None, None, None, held_out)
-    low, high = (runs[0].low, runs[0].high) if len(runs) == 1 else interval(scores)
-    return Summary(label, len(runs), float(np.mean(scores)), low, high, held_out)
-
-
-def interval(scores: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean over seeds, by Student's t; for scores in 0..1 it is cut to 0..1.
-
-    It covers what differs between seeds: weights or prior, data order, and the sampling of the evaluation.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    half = t_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    low, high = float(values.mean()) - half, float(values.mean()) + half
-    if BAND[0] <= values.min() and values.max() <= BAND[1]:
-        return max(low, BAND[0]), min(high, BAND[1])
-    return low, high
-
-
-def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """The t with P(|T| < t) = `level`. With T = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1)."""
-    angle = np.linspace(0.0, math.pi / 2, 200_001)
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(level, mass / mass[-1], angle)))
-
-
 def behavior_rate(config: Config, outcomes: Sequence[Outcome]) -> tuple[float | None, bool]:
     """The behaviour policy's success on the held-out prompts: exact for an embedded task, else the mean reward."""
     if config.data.task is not None:
@@ -314,47 +281,11 @@ def behavior_rate(config: Config, outcomes: Sequence[Outcome]) -> tuple[float | 
     return kept["behavior"], False
 
 
-def to_csv(outcomes: Sequence[Outcome]) -> str:
-    """One line a run."""
-    names = list(dict.fromkeys(name for run in outcomes for name in run.held_out))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["objective", "seed", "success", "low", "high", *names, "output"])
-    for run in outcomes:
-        figures = [run.held_out.get(name, "") for name in names]
-        writer.writerow([run.label, run.seed, run.success, run.low, run.high, *figures, run.output])
-    return buffer.getvalue()
-
-
-def table(result: Comparison) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the printed table."""
-    known = [name for name in COLUMNS if any(name in s.held_out for s in result.summaries)]
-    names = known[1:] if len(known) == len(COLUMNS) else known[:1]
-    head = ["objective", "success", "95% interval", "vs logs", *(COLUMNS[name] for name in names)]
-    body = [
-        [s.label, *_score(s, result.behavior), *(s.held_out.get(name, "") for name in names)] for s in result.summaries
-    ]
-    return head, body
-
-
-def _score(s: Summary, behavior: float | None) -> list[str]:
-    """Mean, interval, and where the interval lies against the behaviour policy's rate."""
-    if s.success is None or s.low is None or s.high is None:
-        return ["", "", ""]
-    side = "" if behavior is None else "above" if s.low > behavior else "below" if s.high < behavior else "covers"
-    return [f"{s.success:.3f}", f"{s.low:.3f}-{s.high:.3f}", side]
-
-
-def _title(result: Comparison) -> str:
-    if result.behavior is None:
-        return "held-out rows (NLL in nats a token)"
-    kind = "exact" if result.behavior_exact else "as logged"
-    return f"the logs' own rate of success, held out: {result.behavior:.3f} ({kind}); NLL in nats a token"
-
-
 def compare_command(path: str, overrides: Sequence[str], *, fresh: bool = False, console: Any = None) -> Comparison:
     """`rwft compare`: a config and overrides; `objective=sft,[dft,rwr]`, `seeds=` and `workers=` are short forms."""
-    return compare(load_config(path, [long_form(override) for override in overrides]), fresh=fresh, console=console)
+    config = load_config(path, [long_form(override) for override in overrides])
+    command = redact(shlex.join(["rwft", "compare", path, *overrides]))
+    return compare(config, fresh=fresh, console=console, command=command)
 
 
 def long_form(override: str) -> str:

@@ -7,7 +7,7 @@ are refused here, with the key's path and the nearest valid one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,21 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> Any:
+    """The content with each override in its place; a list, or a mapping with a name, replaces all that is there."""
+    from omegaconf import OmegaConf
+
+    given: Any = OmegaConf.create(dict(content))
+    for override in overrides:
+        one, key = OmegaConf.from_dotlist([override]), override.partition("=")[0]
+        value, there = (OmegaConf.select(node, key, throw_on_resolution_failure=False) for node in (one, given))
+        whole = OmegaConf.is_list(value) or (OmegaConf.is_dict(value) and "name" in value)
+        if whole and OmegaConf.is_config(there):
+            OmegaConf.update(given, key, None, merge=False)
+        given = OmegaConf.merge(given, one)
+    return given
+
+
 def resolve(content: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "config") -> Config:
     """A plain mapping and overrides as a checked `Config`."""
     from omegaconf import OmegaConf
@@ -86,8 +101,7 @@ def resolve(content: Mapping[str, Any], overrides: Iterable[str] = (), where: st
         if "=" not in override:
             raise ConfigError(f"override '{redact(override)}': expected key=value, such as train.lr=1e-5")
     try:
-        given = OmegaConf.merge(OmegaConf.create(dict(content)), OmegaConf.from_dotlist(overrides))
-        plain = OmegaConf.to_container(given, resolve=False)
+        plain = OmegaConf.to_container(overridden(content, overrides), resolve=False)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {redact(' '.join(str(error).split()))}") from None
     assert isinstance(plain, dict)

@@ -19,6 +19,7 @@ from rwft.head_sampled import Draws, Sampled
 from rwft.head_tiled import token_logprobs
 from rwft.regularizers import Penalty, differentiate
 from rwft.softmax import (
+    ALIGNED,
     Projection,
     Vocabulary,
     blocks,
@@ -36,7 +37,7 @@ from rwft.softmax import (
 
 __all__ = ["Draws", "HeadResult", "Vocabulary", "distribution_signals", "token_logprobs", "weighted_loss"]
 
-MIN_BUDGET, MAX_BUDGET = 64 << 20, 256 << 20  # bytes of a chunk of logits; in between, a quarter of the gradients
+MIN_BUDGET, MAX_BUDGET = 80 << 20, 256 << 20  # bytes of a chunk of logits; in between, a quarter of the gradients
 Weigh = Callable[[dict[str, Tensor], slice], Tensor]
 Reference = tuple[Tensor, Vocabulary]
 
@@ -121,12 +122,17 @@ def distribution_signals(
 
 
 def chunk_rows(hidden: Tensor, vocabulary: Vocabulary, reference: Reference | None, budget: int | None) -> int:
-    """Rows of logits that fit `budget` bytes; by default a quarter of what the gradients take, within 64 to 256 MiB."""
+    """Rows of logits that fit `budget` bytes; by default a quarter of what the gradients take, within 80 to 256 MiB."""
     sums = precision(hidden, vocabulary.weight).exact.itemsize  # low precision is summed in float32
     outputs = (hidden.numel() + vocabulary.weight.numel()) * sums
-    budget = budget if budget is not None else min(max(outputs // 4, MIN_BUDGET), MAX_BUDGET)
     projections = [(hidden, vocabulary)] if reference is None else [(hidden, vocabulary), reference]
-    return max(1, budget // sum(v.size * precision(x, v.weight).product.itemsize for x, v in projections))
+    row = sum(v.size * precision(x, v.weight).product.itemsize for x, v in projections)
+    if budget is None:
+        spared = vocabulary.weight.numel() * (sums - vocabulary.weight.itemsize)  # one chunk needs no such sum
+        whole = row * hidden.shape[0] if vocabulary.weight.requires_grad else 0
+        budget = whole if 0 < whole <= spared else min(max(outputs // 4, MIN_BUDGET), MAX_BUDGET)
+    rows = max(1, budget // row)
+    return rows - rows % ALIGNED if ALIGNED < rows < hidden.shape[0] else rows
 
 
 def cut(segments: Sequence[int] | Tensor | None, n: int, most: int) -> list[slice]:

@@ -1,10 +1,11 @@
 r"""Gradients from a sample of the vocabulary: unbiased, and below the cost of the exact products.
 
-By the logits, the gradient of :math:`-\log \pi(y)` is :math:`(1 - \pi(y)) (\bar\pi - e_y)`, where :math:`\bar\pi` is
-the distribution over the other tokens. The target's part is exact; :math:`\bar\pi` is replaced by `count`
-draws from it, by systematic sampling: one uniform number per position, equal steps through the
-cumulated probabilities. Log-probabilities, signals and coefficients stay exact. Of the three matrix
-products one is left; the other two touch `count + 1` rows of the projection per position.
+By the logits, the gradient of :math:`-\log \pi(y)` is :math:`\pi - e_y`. The target's part is exact. Of the other
+tokens `count` are drawn by systematic sampling: one uniform number per position, equal steps of
+:math:`s = (1 - \pi(y)) / count` through the cumulated probabilities. A token of probability :math:`p \ge s` is
+always drawn and keeps :math:`p`; a rarer one is drawn with probability :math:`p / s` and is worth :math:`s`.
+Log-probabilities, signals and coefficients stay exact. Of the three matrix products one is left; the other two touch
+`count + 1` rows of the projection per position.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rwft.errors import ObjectiveError
 from rwft.softmax import equal_slices
 
 PIECE = 8192  # rows of the projection that are summed at once
+RUN = 32  # tokens whose probabilities are summed before a draw looks among them
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,38 @@ class Draws:
         if self.count < 1:
             raise ObjectiveError(f"head: sampled: found {self.count} draws, expected a whole number >= 1")
 
-    def of(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`(r v), (r) -> (r m), (r 1)`: draws of tokens other than the target, and their summed probability.
+    def of(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(r v), (r) -> (r m), (r m), (r 1)`: tokens other than the target, their values, and what all others sum to.
 
-        Overwrites `p`. Sums are float64: a float32 sum would pass over the probabilities of rare tokens.
+        Overwrites `p`. A token that was drawn twice counts once. Sums are float64: a float32 sum
+        would pass over the probabilities of rare tokens.
         """
-        sums = p.scatter_(1, targets[:, None], 0.0).cumsum(dim=1, dtype=torch.float64)
-        rest = sums[:, -1:].clone()
+        p.scatter_(1, targets[:, None], 0.0)
+        runs = _sum_runs(p).cumsum_(dim=1)
+        rest = runs[:, -1:].clone()
         start = torch.rand(len(p), 1, generator=self.generator, dtype=torch.float64, device=p.device)
         steps = torch.arange(self.count, dtype=torch.float64, device=p.device)
-        tokens = torch.searchsorted(sums, (start + steps) / self.count * rest, right=True)
-        return tokens.clamp_(max=p.shape[1] - 1), rest
+        tokens = _find(p, runs, (start + steps) / self.count * rest)
+        values = torch.maximum(p.gather(1, tokens), (rest / self.count).to(p.dtype))
+        values[:, 1:].masked_fill_(tokens[:, 1:] == tokens[:, :-1], 0.0)
+        return tokens, values, rest
+
+
+def _sum_runs(p: Tensor) -> Tensor:
+    """`(r v) -> (r v/RUN)`: sums of consecutive probabilities, in float64."""
+    whole = p.shape[1] - p.shape[1] % RUN
+    sums = p[:, :whole].unflatten(1, (-1, RUN)).sum(dim=2, dtype=torch.float64)
+    return torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)], dim=1)
+
+
+def _find(p: Tensor, runs: Tensor, points: Tensor) -> Tensor:
+    """`(r v), (r v/RUN), (r m) -> (r m)`: the tokens whose intervals of the cumulated probabilities hold the points."""
+    run = torch.searchsorted(runs, points, right=True).clamp_(max=runs.shape[1] - 1)
+    before = runs.gather(1, (run - 1).clamp_(min=0)).masked_fill_(run == 0, 0.0)
+    tokens = run[:, :, None] * RUN + torch.arange(RUN, device=p.device)
+    inside = p.gather(1, tokens.clamp(max=p.shape[1] - 1).flatten(1)).view(tokens.shape).double()
+    passed = (inside.masked_fill_(tokens >= p.shape[1], 0.0).cumsum_(dim=2) <= (points - before)[:, :, None]).sum(dim=2)
+    return (run * RUN + passed.clamp_(max=RUN - 1)).clamp_(max=p.shape[1] - 1)
 
 
 @dataclass
@@ -55,9 +78,8 @@ class Sampled:
 
     def take(self, block: slice, p: Tensor, targets: Tensor, slope: Tensor | None) -> None:
         """`(r v), (r), (r v)`: the block's probabilities, on their way to minus the gradient of `logp`."""
-        drawn, rest = self.draws.of(p, targets)
-        share = (rest / self.draws.count).expand(drawn.shape)
-        tokens, values = torch.cat([drawn, targets[:, None]], dim=1), torch.cat([share, -rest], dim=1).to(p.dtype)
+        drawn, worth, rest = self.draws.of(p, targets)
+        tokens, values = torch.cat([drawn, targets[:, None]], dim=1), torch.cat([worth, -rest.to(p.dtype)], dim=1)
         self.tokens.append(tokens)
         self.values.append(values if slope is None else values * slope.gather(1, tokens))
 

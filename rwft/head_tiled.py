@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwft.softmax import (
+    ALIGNED,
     Precision,
     Vocabulary,
     accumulate_,
@@ -24,6 +25,7 @@ from rwft.softmax import (
     check_shapes,
     equal_slices,
     finish_,
+    multiply_,
     normalise_,
     precision,
     store_,
@@ -32,7 +34,6 @@ from rwft.softmax import (
 
 MIN_BUDGET, MAX_BUDGET = 8 << 20, 64 << 20  # bytes of a tile; in between, a sixteenth of the gradients
 WIDE = 4096  # columns of a tile before rows are divided too
-ALIGNED = 64  # columns come in multiples of this: rows of odd length cost half as much again in a product
 
 
 def token_logprobs(
@@ -128,7 +129,7 @@ class _Tiles:
         weight = self.vocabulary.weight[columns]
         for rows in equal_slices(0, self.x.shape[0], self.rows):
             shape = rows.stop - rows.start, weight.shape[0]
-            yield rows, torch.mm(self.x[rows], weight.T, out=self.area[: shape[0] * shape[1]].view(shape))
+            yield rows, multiply_(self.x[rows], weight, self.area[: shape[0] * shape[1]].view(shape))
 
     def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Where the targets of these rows stand in these columns, `(k 1)`, and whether they do."""

@@ -8,18 +8,20 @@ import numpy as np
 import torch
 
 from rwft.data.batching import Collate
+from rwft.data.credit import Credit
 from rwft.data.logprobs import length_batches
 from rwft.data.rows import Rows
+from rwft.observe import standing
 
 
 def held_out_likelihood(
-    model: Any, collate: Collate, rows: Rows, accelerator: Any, good_above: float
+    model: Any, collate: Collate, rows: Rows, accelerator: Any, credit: Credit | None
 ) -> dict[str, float]:
     """NLL per trained token, in nats, of held-out rows under the policy, dropout off.
 
     `nll/mean` over all tokens. With rewards: `nll_good/mean` and `nll_bad/mean` over rows whose
-    reward lies above `good_above` (the training mean) or not, and, if no reward is negative,
-    `nll_reward_weighted/mean` = sum r NLL / sum r tokens.
+    reward lies above and below the mean of the training rows, which `credit` knows (rows at it are
+    neither), and, if no reward is negative, `nll_reward_weighted/mean` = sum r NLL / sum r tokens.
     """
     was_training = model.training
     model.eval()
@@ -37,8 +39,8 @@ def held_out_likelihood(
     out = {"nll/mean": float(nll.sum() / tokens.sum())}
     if np.isnan(rows.reward).any():
         return out
-    good = rows.reward > good_above
-    for name, which in (("nll_good/mean", good), ("nll_bad/mean", ~good)):
+    sign = np.zeros(len(rows)) if credit is None else standing(credit, rows.reward)
+    for name, which in (("nll_good/mean", sign > 0), ("nll_bad/mean", sign < 0)):
         if which.any():
             out[name] = float(nll[which].sum() / tokens[which].sum())
     if rows.reward.min() >= 0 and rows.reward.max() > 0:

@@ -20,9 +20,10 @@ from rwft.data.batching import Batch, Plan
 from rwft.errors import ObjectiveError
 from rwft.progress import Display
 from rwft.run import RunFolder
-from rwft.setup import Training, prepare_training, start_accelerator
+from rwft.setup import prepare_training, start_accelerator
 from rwft.step import gradient
 from rwft.testing import check_objective
+from rwft.training import Training
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2}
 """Largest relative difference of one gradient that rounding explains, by `model.dtype`."""
@@ -63,7 +64,7 @@ def layout_gaps(training: Training, step: int = 0) -> Iterator[Gap]:
 def recut(training: Training, size: int) -> Training:
     """The same steps in micro-batches of `size` rows."""
     old = training.plan
-    most = max(size, *map(len, old.units)) if old.units is not None else size
+    most = size if old.units is None else max(size, old.units.largest)
     plan = Plan(old.length, batch_size=most, accumulate=1, world=1, seed=old.seed, alive=old.alive)
     plan.window_size, plan.steps_per_epoch, plan.units = old.window_size, old.steps_per_epoch, old.units
     return replace(training, plan=plan)

@@ -9,19 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
+from rwft.alarms import AlarmLog
 from rwft.config import Config
+from rwft.durable import writing
 from rwft.errors import Interrupted
 from rwft.held_out import held_out_likelihood
 from rwft.manifest import EVERY, Manifest, open_manifest
 from rwft.metrics import Meter, MetricsLog
 from rwft.policy import export
 from rwft.progress import Display
+from rwft.rowlog import forget_rows
 from rwft.run import RunFolder, RunResult, open_run, replace_folder, start_run, trackable
-from rwft.setup import Training, prepare_training, start_accelerator
+from rwft.setup import prepare_training, start_accelerator
 from rwft.step import optimiser_step
+from rwft.training import Training
 
 TWICE = 1.0  # seconds in which a terminal and a launcher may deliver the same signal again
 LONG_SAVE, GRACE = 20, 30  # seconds: a save that is warned about; what torchrun waits before it kills
@@ -73,10 +76,8 @@ def evaluate_held_out(training: Training) -> dict[str, float]:
     """Likelihood figures of the held-out rows; empty if there are none."""
     if training.data.held_out is None or training.collate_held_out is None:
         return {}
-    reward = training.data.train.reward
-    good_above = float(reward.mean()) if not np.isnan(reward).any() else 0.0
     return held_out_likelihood(
-        training.model, training.collate_held_out, training.data.held_out, training.accelerator, good_above
+        training.model, training.collate_held_out, training.data.held_out, training.accelerator, training.data.credit
     )
 
 
@@ -87,6 +88,7 @@ class Journal:
     training: Training
     folder: RunFolder
     log: MetricsLog
+    alarms: AlarmLog
     manifest: Manifest
     update: Callable[[int, Mapping[str, float]], None]
     started: float
@@ -111,8 +113,8 @@ class Journal:
         metrics: dict[str, float] = {}
         elapsed, self.started = time.perf_counter() - self.started, time.perf_counter()
         if meter.steps:  # not all of them were skipped
-            metrics = meter.read(self.training.accelerator.reduce, self.training.accelerator.gather)
-            metrics |= {"lr": meter.rate, "grad_norm": meter.norm}
+            metrics = meter.read(self.training.accelerator.gather)
+            metrics |= {"lr": meter.rate, "grad_norm": meter.norm, "grad_clipped/mean": meter.clipped / meter.steps}
             metrics["tokens_per_second"] = metrics["tokens/sum"] / max(elapsed, 1e-9)
         if self.training.config.train.on_nonfinite == "skip":
             metrics["skipped/sum"] = float(self.training.skipped.total)
@@ -133,9 +135,11 @@ class Journal:
         return figures
 
     def record(self, done: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the trackers."""
+        """One line of metrics.jsonl, what it gives warning of, and the trackers."""
         if self.training.accelerator.is_main_process:
-            self.log.write({"step": done, **metrics})
+            line = {"step": done, **metrics}
+            self.log.write(line)
+            self.training.display.say(*self.alarms.hear(line))
         self.training.accelerator.log(dict(metrics), step=done)
 
     def save(self, done: int, state: str) -> None:
@@ -198,13 +202,24 @@ def run(training: Training, folder: RunFolder, start: int) -> tuple[int, int | N
     what = f"{training.objective}"
     update = training.display.steps(what, training.steps, start)
     log = MetricsLog(folder.metrics, start, folder.main)
+    alarms = AlarmLog(folder.path, folder.metrics, folder.main)
+    if folder.main:
+        forget_rows(folder.path, start)
     saved = start if folder.checkpoint(start).is_dir() else -1
-    journal = Journal(training, folder, log, open_manifest(training, start), update, time.perf_counter(), saved=saved)
-    training.accelerator.init_trackers("rwft", config=trackable(training.config))
+    manifest, started = open_manifest(training, start), time.perf_counter()
+    journal = Journal(training, folder, log, alarms, manifest, update, started, log.last, saved)
+    training.accelerator.init_trackers("rwft", config=trackable(training.config), init_kwargs=tracker_settings(folder))
     if training.data.credit is not None:
         folder.write_text("credit.json", training.data.credit.to_json())
     folder.status("running", start, f"checkpoints/{folder.checkpoint(start).name}" if saved == start else None)
     return *run_steps(training, start, journal), journal
+
+
+def tracker_settings(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """Runs are named as their folders; W&B keeps its files there, and no command line, path or host in them."""
+    name = folder.path.name
+    wandb = {"name": name, "dir": str(folder.path), "settings": {"x_disable_meta": True, "host": ""}}
+    return {"wandb": wandb, "trackio": {"name": name}}
 
 
 def finish(training: Training, folder: RunFolder, done: int, stopped: int | None, journal: Journal) -> RunResult:
@@ -221,9 +236,10 @@ def finish(training: Training, folder: RunFolder, done: int, stopped: int | None
     lora = training.config.model.lora
     main, partial = training.accelerator.is_main_process, folder.path / ".model.tmp"
     merge = lora is not None and lora.merge
-    export(training.policy, training.tokenizer, partial, training.config.model.dtype, merge=merge, main=main)
-    if main:
-        replace_folder(partial, folder.path / "model")
+    with writing(folder.path / "model"):
+        export(training.policy, training.tokenizer, partial, training.config.model.dtype, merge=merge, main=main)
+        if main:
+            replace_folder(partial, folder.path / "model")
     result = RunResult(
         output=str(folder.path),
         objective=str(training.objective),

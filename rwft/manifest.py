@@ -25,7 +25,7 @@ from rwft.durable import sha256
 from rwft.errors import RwftError
 from rwft.redaction import redact
 from rwft.run import RunFolder
-from rwft.setup import Training
+from rwft.training import Training
 from rwft.weighting import split_spec
 
 FORMAT = 1

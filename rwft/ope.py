@@ -11,19 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rwft.config import Config
-from rwft.data.logprobs import row_logp
-from rwft.data.prepare import Prepared, prepare
-from rwft.data.rows import Rows
 from rwft.errors import DataError
-from rwft.policy import Policy
-from rwft.progress import Display
+from rwft.fitted_q import Steps, explained, fitted_values
 
 MIN_ROWS, MIN_PROMPTS = 30.0, 10.0  # effective ones, below which the intervals were found to cover too rarely
 MEAN_RATIO = (0.5, 2.0)  # with 30 effective rows its standard error is below 0.19
@@ -47,7 +41,9 @@ class Logged:
 
     `reward (n)`, `prompt (n)` the number of each row's prompt, `log_ratio (n)` = log pi(y|x) - log mu(y|x).
     With per-step rewards also `step_reward (n k)` and `step_log_ratio (n k)`, the latter of the tokens up to
-    the step's end; behind a row's last step the reward is 0 and the ratio stays as it was.
+    the step's end; behind a row's last step the reward is 0 and the ratio that of the whole row, end token and all.
+    For fitted values also `state (n k d)`, features of the history before each step, and `alive (n k)`, whether the
+    row had not ended by then.
     """
 
     reward: Floats
@@ -55,6 +51,21 @@ class Logged:
     log_ratio: Floats
     step_reward: Floats | None = None
     step_log_ratio: Floats | None = None
+    state: Floats | None = None
+    alive: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the fitted values are worth. `direct` is their mean over prompts, with no correction and so no interval.
+
+    `explained` is the share of the spread of rewards to come that they foresaw in rows of other prompts; at 0 or
+    below, `refused` says that they add nothing to `per_decision`.
+    """
+
+    direct: float
+    explained: float
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,15 @@ class OffPolicy:
     """Estimates by name, or `refused` (why there are none), and how far the logs cover the policy.
 
     `ess` and `ess_prompts` are effective sample sizes of the ratios, in rows and in prompts; `mean_ratio` is 1
-    where the logs cover the policy; `largest` is the share of the weight that one row carries. `behavior` is
-    the value of the behaviour policy itself, on the same prompts.
+    where the logs cover the policy, and 1 less its lower bound in `mean_ratio_interval` is how much of what the
+    policy writes the logs may never hold, for which no estimate speaks (`caution`, where that interval leaves 1
+    out); `largest` is the share of the weight that one row carries. `behavior` is the value of the behaviour
+    policy itself, on the same prompts.
 
     `self_normalized` weighs rewards by their ratios. `doubly_robust` adds, as a control variate, the mean
     reward of the prompt's other rows. `per_decision` is of the sum of step rewards instead, each weighed by
-    the ratio up to its own step; `behavior_steps` is that sum under the behaviour policy.
+    the ratio up to its own step; `behavior_steps` is that sum under the behaviour policy. `fitted_q` is the doubly
+    robust form of it, with the values of `rwft.fitted_q` as control variate; `fitted` says what those are worth.
     """
 
     rows: int
@@ -80,6 +94,9 @@ class OffPolicy:
     behavior_steps: Estimate | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
     refused: str | None = None
+    fitted: Fitted | None = None
+    mean_ratio_interval: tuple[float, float] | None = None
+    caution: str | None = None
 
 
 def estimate(logged: Logged) -> OffPolicy:
@@ -96,18 +113,27 @@ def estimate(logged: Logged) -> OffPolicy:
     ess = min(_effective(share * w) for w in scaled)
     ess_prompts = min(map(_effective, per_prompt))
     log_mean = float(logged.log_ratio.max() + np.log(per_prompt[0].mean()))
+    mean_ratio = math.exp(min(log_mean, 600.0))  # beyond, it would not be a number
+    spread = _mean(per_prompt[0] / per_prompt[0].mean(), max(ess_prompts, 2.0))
     out = OffPolicy(
         rows=len(logged.reward),
         prompts=prompts,
         ess=ess,
         ess_prompts=ess_prompts,
-        mean_ratio=math.exp(min(log_mean, 700.0)),  # beyond, it would not be a number
+        mean_ratio=mean_ratio,
+        mean_ratio_interval=(mean_ratio * spread.low, mean_ratio * spread.high),
         largest=float((share * scaled[0]).max() / (share * scaled[0]).sum()),
         behavior=_self_normalized(np.ones_like(logged.reward), logged.reward, logged.prompt, prompts),
         behavior_steps=None if logged.step_reward is None else _behavior_steps(logged, prompts),
     )
     reason = _too_little(out)
-    return replace(out, refused=reason) if reason else replace(out, estimates=_estimates(logged, scaled, ess_prompts))
+    if reason is not None:
+        return replace(out, refused=reason)
+    estimates, fitted = _estimates(logged, scaled, ess_prompts), None
+    if logged.state is not None:
+        fitted, robust = _fitted_q(logged, scaled, ess_prompts)
+        estimates |= {} if fitted.refused else {"fitted_q": robust}
+    return replace(out, estimates=estimates, fitted=fitted, caution=_caution(out))
 
 
 def _log_ratios(logged: Logged) -> list[Floats]:
@@ -129,6 +155,19 @@ def _too_little(found: OffPolicy) -> str | None:
             f"{size}, expected about 1: the policy writes what the logs do not "
             "hold, or the logged log-probabilities are not those of what wrote them"
         )
+    return None
+
+
+def _caution(found: OffPolicy) -> str | None:
+    """What a mean ratio says that is surely not 1, though near enough to estimate."""
+    assert found.mean_ratio_interval is not None
+    low, high = found.mean_ratio_interval
+    if high < 1:
+        return (
+            f"about {1 - found.mean_ratio:.2g} of what the policy writes is not in the logs: no estimate speaks for it"
+        )
+    if low > 1:
+        return "ratios average above 1: are the logged log-probabilities those of what wrote the rows?"
     return None
 
 
@@ -163,6 +202,27 @@ def _per_decision(w: Floats, reward: Floats, prompt: NDArray[np.int64], effectiv
     return _sum_of_ratios(np.zeros(len(top)), top, bottom, effective)
 
 
+def _fitted_q(logged: Logged, scaled: Sequence[Floats], effective: float) -> tuple[Fitted, Estimate]:
+    """What fitted values are worth, and the doubly robust estimate with them.
+
+    mean of V_1, plus over steps the sum of w_k (r_k + V_{k+1} - V_k) over the sum of w_k: the weighted doubly robust
+    estimator (Jiang and Li 2016; Thomas and Brunskill 2016) with the value of a history in place of that of its step.
+    """
+    reward, log_ratio, state, alive = logged.step_reward, logged.step_log_ratio, logged.state, logged.alive
+    assert reward is not None
+    assert log_ratio is not None
+    assert state is not None
+    assert alive is not None
+    steps, prompt = Steps(reward, log_ratio, state, alive, logged.prompt), logged.prompt
+    values, w = fitted_values(steps), np.stack(scaled[1:], axis=1)
+    error = w * (reward + values[:, 1:] - values[:, :-1])
+    top, bottom = (np.stack([_prompt_means(c, prompt) for c in of.T], axis=1) for of in (error, w))
+    first = _prompt_means(values[:, 0], prompt)
+    share = explained(steps, values, _row_share(prompt) * scaled[0])
+    reason = None if share > 0 else f"the fitted values foresee {share:.2g} of what is to come, expected more than 0"
+    return Fitted(float(first.mean()), share, reason), _sum_of_ratios(first, top, bottom, effective)
+
+
 def _behavior_steps(logged: Logged, prompts: int) -> Estimate:
     assert logged.step_reward is not None
     return _self_normalized(np.ones_like(logged.reward), logged.step_reward.sum(axis=1), logged.prompt, prompts)
@@ -191,6 +251,12 @@ def _sum_of_ratios(constant: Floats, top: Floats, bottom: Floats, effective: flo
     return Estimate(value, value - half, value + half)
 
 
+def _mean(values: Floats, effective: float) -> Estimate:
+    """`(p)`: mean over prompts."""
+    nothing = np.zeros((len(values), 0))
+    return _sum_of_ratios(values, nothing, nothing, effective)
+
+
 def student_quantile(freedom: float) -> float:
     """97.5% quantile of Student's t: the expansion 26.7.5 of Abramowitz and Stegun, good to 1e-3 from 9 on."""
     one = (Z**3 + Z) / 4
@@ -215,67 +281,23 @@ def _row_share(prompt: NDArray[np.int64]) -> Floats:
     return 1.0 / size[index]
 
 
-def off_policy(policy: Policy, tokenizer: Any, config: Config, accelerator: Any, display: Display) -> OffPolicy:
-    """`estimate` of the policy from the held-out rows of `config.data`.
-
-    Raises DataError, naming a row, if one has no reward or no log-probabilities of the behaviour policy.
-    """
-    from rwft.setup import make_collate
-
-    data, rows = _logged_rows(tokenizer, config, display)
-    collate = make_collate(data, rows, frozenset(), tokenizer, policy)
-    tick, every = display.ticker("off-policy evaluation", len(rows)), np.arange(len(rows))
-    logp = row_logp(policy, collate, rows.length, every, device=accelerator.device, tick=tick)
-    return estimate(logged_under(rows, [logp[i] for i in range(len(rows))]))
-
-
-def _logged_rows(tokenizer: Any, config: Config, display: Display) -> tuple[Prepared, Rows]:
-    """Held-out rows with behaviour log-probabilities; rows to train on need none if they are files of their own."""
-    settings, apart = config.data, config.data.eval_path is not None
-    if apart:
-        settings = replace(settings, path=settings.eval_path, task=None, eval_path=None, eval_fraction=0.0)
-    cache, tick = Path(config.cache).expanduser(), display.ticker("reading logged rows")
-    data = prepare(settings, tokenizer, frozenset({"behavior_logp"}), cache, tick)
-    rows = data.train if apart else data.held_out
-    if rows is None:
-        raise DataError("evaluate.off_policy: no held-out row is left with log-probabilities of the behaviour policy")
-    missing = np.flatnonzero(np.isnan(rows.reward))
-    if len(missing):
-        raise DataError(
-            f"{rows.source(int(missing[0]))}: no reward, which evaluate.off_policy needs of every held-out row"
-        )
-    return data, rows
-
-
-def logged_under(rows: Rows, logp: Sequence[NDArray[Any]]) -> Logged:
-    """Rows with the policy's log-probabilities of their trained tokens, one array a row."""
-    columns = rows.take(np.arange(len(rows)))
-    gaps = [
-        np.cumsum(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)[np.asarray(mask, bool)])
-        for ours, theirs, mask in zip(logp, columns["behavior_logp"], columns["mask"], strict=True)
-    ]
-    whole = np.array([gap[-1] for gap in gaps])
-    if not all(columns["step_position"]):
-        return Logged(rows.reward, rows.group, whole)
-    most = max(map(len, columns["step_position"]))
-    step_reward, step_gap = np.zeros((len(rows), most)), np.zeros((len(rows), most))
-    for i, (places, rewards) in enumerate(zip(columns["step_position"], columns["step_reward"], strict=True)):
-        tokens = np.cumsum(columns["mask"][i])[places]  # trained ones up to each step's last
-        step_reward[i, : len(rewards)] = rewards
-        step_gap[i] = np.concatenate([gaps[i][tokens - 1], np.full(most - len(places), gaps[i][tokens[-1] - 1])])
-    return Logged(rows.reward, rows.group, whole, step_reward, step_gap)
-
-
 def off_policy_figures(found: OffPolicy) -> list[tuple[str, Any]]:
     """What a table shows: label and value, intervals in brackets."""
     out: list[tuple[str, Any]] = [("off-policy: reward of what wrote the rows", _interval(found.behavior))]
     if found.behavior_steps is not None:
         out.append(("off-policy: its sum of step rewards", _interval(found.behavior_steps)))
     out += [(f"off-policy: {name}", _interval(estimate)) for name, estimate in found.estimates.items()]
+    if found.fitted is not None:
+        worth = found.fitted.refused or f"foresee {found.fitted.explained:.2g} of what is to come"
+        out.append(("off-policy: fitted values", worth))
     if found.refused is not None:
         out.append(("off-policy: no estimate", found.refused))
+    if found.caution is not None:
+        out.append(("off-policy: caution", found.caution))
     out.append(("off-policy: effective sample size", f"{found.ess:.1f} of {found.rows} rows"))
-    return [*out, ("off-policy: mean ratio (1 if covered)", found.mean_ratio)]
+    covered = found.mean_ratio_interval
+    ratio = found.mean_ratio if covered is None else _interval(Estimate(found.mean_ratio, *covered))
+    return [*out, ("off-policy: mean ratio (1 if covered)", ratio)]
 
 
 def _interval(found: Estimate) -> str:

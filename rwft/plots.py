@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rwft.compare import PRIOR
+from rwft.comparison import PRIOR
 
 if TYPE_CHECKING:
-    from rwft.compare import Comparison, Outcome
+    from rwft.comparison import Comparison, Outcome
 
 COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")

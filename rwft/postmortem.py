@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rwft.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from rwft.setup import Training
     from rwft.step import MicroResult
+    from rwft.training import Training
 
 DUMP = "nonfinite.json"
 IN_A_ROW, IN_TOTAL = 3, 10

@@ -170,14 +170,14 @@ class Registry:
             return self._load(name)
         for point in importlib.metadata.entry_points(group=self.group):
             if point.name == name:
-                return self._load(point.value, f"plugin {point.dist.name} {point.dist.version}" if point.dist else "")
+                return self._load(point.value, f"plugin {point.dist.name} {point.dist.version}: " if point.dist else "")
         known = [*self._entries, *self.plugins()]
         raise ObjectiveError(
             f"{self.kind} '{name}' is unknown; {did_you_mean(name, known)} "
             f"(one of your own is named path/to/file.py:function or package.module:function)"
         )
 
-    def _load(self, name: str, origin: str = "") -> Entry:
+    def _load(self, name: str, distribution: str = "") -> Entry:
         target, _, attribute = name.rpartition(":")
         module = _import_file(target, self.kind) if target.endswith(".py") else _import_module(target, self.kind)
         function = getattr(module, attribute, None)
@@ -186,7 +186,7 @@ class Registry:
             raise ObjectiveError(
                 f"{self.kind} '{name}': {target} has no function '{attribute}'; {did_you_mean(attribute, own)}"
             )
-        entry = parse(function, self.kind, self.vocabulary, origin or _origin(target, module))
+        entry = parse(function, self.kind, self.vocabulary, distribution + _origin(target, module))
         registered = self._entries.get(entry.name)
         if registered is not None and registered.function is function:  # decorated in its file: now its origin is known
             self._entries[entry.name] = entry

@@ -82,7 +82,7 @@ def show_row(config: Config, wanted: Wanted, display: Display) -> None:
 
 def find(rows: Rows, wanted: Wanted) -> list[int]:
     """Which examples of a split come from the row."""
-    same = np.flatnonzero(np.asarray(rows.table["row"])[rows.where] == wanted.number)
+    same = np.flatnonzero(np.asarray(rows.column("row"))[rows.where] == wanted.number)
     return [int(index) for index in same if rows.source(int(index)) in wanted]
 
 

@@ -3,6 +3,8 @@
 config.yaml        every setting, defaults written out
 credit.json        the fitted credit statistics
 metrics.jsonl      one object a logged step
+warnings.jsonl     one object a warning, if there was one (see `rwft.alarms`)
+rows/              what each row had in a step, if train.rows_every says so (see `rwft.rowlog`)
 checkpoints/       step_XXXXXXXX, newest last
 model/             the exported policy (adapter or merged model), written once at the end
 manifest.json      what the run was: versions, data, model, machine, code, losses bit by bit
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +30,7 @@ from rwft.durable import TMP, RunLock, remove, sync, write_atomic
 from rwft.errors import ConfigError, RwftError, SaveError, UserError
 from rwft.redaction import redact
 
+FOLDERS = re.compile(r"(?<![\w./:-])(?:~\w*|\.{1,2})?/(?:[^/'\",:\]}]+/)*")  # what precedes a file's name in a path
 CONFIG, STATUS, LOCK = "config.yaml", "status.json", ".lock"
 
 
@@ -165,7 +169,7 @@ def _same_config(config: Config, file: Path) -> None:
 
 def beside_the_training(key: str) -> bool:
     """Settings that change nothing of what a run computes while it trains: they may differ when it goes on."""
-    return key in ("output", "cache", "trackers") or key.startswith(("evaluate", "compare"))
+    return key in ("output", "cache", "trackers", "train.rows_every") or key.startswith(("evaluate", "compare"))
 
 
 def stored_settings(file: Path) -> dict[str, Any]:
@@ -186,10 +190,10 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def trackable(config: Config) -> dict[str, Any]:
-    """The settings that trackers may show: flat, numbers and text only, no paths."""
+    """The settings that trackers may show: flat, numbers and text only; of a path its last part, no secrets."""
     hidden = ("output", "cache", "data.path", "data.eval_path")
-    flat = flatten(as_dict(config))
-    return {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in flat.items() if k not in hidden}
+    flat = {key: value for key, value in flatten(as_dict(config)).items() if key not in hidden}
+    return {k: v if isinstance(v, (int, float, bool)) else redact(FOLDERS.sub("", str(v))) for k, v in flat.items()}
 
 
 def replace_folder(partial: Path, final: Path) -> None:

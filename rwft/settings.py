@@ -157,6 +157,10 @@ class TrainConfig:
     snapshot_every: int = 1  # steps between snapshots of the policy that old_logp refers to
     head: str = "auto"  # auto | two_pass: how the vocabulary projection is differentiated
     log_every: int = 10
+    watch: Any = field(
+        default_factory=list
+    )  # signals computed for the metrics alone: entropy | ref_logp | behavior_logp
+    rows_every: int = 0  # steps between files that say what each row had in a step (rows/); 0: none
     eval_every: int = 0  # steps between evaluations on held-out rows; 0: at the end only
     save_every: int = 0  # steps between checkpoints; 0: at the end only
     keep: int = 2  # checkpoints kept
@@ -171,7 +175,7 @@ class TrainConfig:
         _positive("train.epochs", self.epochs)
         for name in ("batch_size", "accumulate", "log_every", "snapshot_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a whole number >= 1")
-        for name in ("eval_every", "save_every", "seed"):
+        for name in ("rows_every", "eval_every", "save_every", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "a whole number >= 0")
         _require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "a whole number >= 1")
         _require(self.keep >= 2, "train.keep", self.keep, "a whole number >= 2, so that one survives a damaged newest")
@@ -179,12 +183,21 @@ class TrainConfig:
         _choice("train.schedule", self.schedule, ["cosine", "linear", "constant"])
         _choice("train.on_nonfinite", self.on_nonfinite, ["abort", "skip"])
         _choice("train.head", self.head, ["auto", "two_pass"])
+        _require(isinstance(self.watch, (list, tuple)), "train.watch", self.watch, "a list such as [entropy]")
+        for name in self.watch:
+            _choice("train.watch", str(name), ["entropy", "ref_logp", "behavior_logp"])
         _positive("train.lr", self.lr)
         _positive("train.clip", self.clip, zero=True)
         _positive("train.weight_decay", self.weight_decay, zero=True)
         _require(0 <= self.warmup <= 1, "train.warmup", self.warmup, "a fraction in [0, 1]")
         for beta in self.betas:
             _require(0 <= beta < 1, "train.betas", tuple(self.betas), "two numbers in [0, 1)")
+
+
+def _temperature(value: object) -> float:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    _require(good, "evaluate.temperature", value, "a finite number >= 0")
+    return float(value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -194,7 +207,8 @@ class EvaluateConfig:
     verifier: Any = None  # a name, {name: numeric, tolerance: ...} or path/to/file.py:function; null: no sampling
     samples: int = 1  # completions sampled per held-out prompt
     prompts: int | None = None  # at most this many held-out prompts
-    temperature: float = 1.0  # 0: greedy
+    temperature: Any = 1.0  # a number (0: greedy), or a list: each in turn, the first being the one that is compared
+    baseline: bool = False  # sample the model that a run started from as well: is its gain more than sharpening?
     max_new_tokens: int = 256
     batch_size: int = 64
     off_policy: bool = False  # estimate the policy's reward from the held-out rows' own, by importance ratios
@@ -203,7 +217,19 @@ class EvaluateConfig:
         for name in ("samples", "max_new_tokens", "batch_size"):
             _require(getattr(self, name) >= 1, f"evaluate.{name}", getattr(self, name), "a whole number >= 1")
         _require(self.prompts is None or self.prompts >= 1, "evaluate.prompts", self.prompts, "a whole number >= 1")
-        _positive("evaluate.temperature", self.temperature, zero=True)
+        if self.baseline and self.verifier is None:
+            raise ConfigError("evaluate.baseline: found true, but nothing is sampled without evaluate.verifier")
+        if not isinstance(self.temperature, (list, tuple)):
+            object.__setattr__(self, "temperature", _temperature(self.temperature))
+            return
+        given = [_temperature(value) for value in self.temperature]
+        _require(0 < len(given) == len(set(given)), "evaluate.temperature", given, "temperatures that differ")
+        object.__setattr__(self, "temperature", given)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """All temperatures that are sampled at, in the order given."""
+        return tuple(self.temperature) if isinstance(self.temperature, list) else (self.temperature,)
 
 
 @dataclass(frozen=True)
@@ -214,6 +240,7 @@ class CompareConfig:
     seeds: int = 3  # runs of each objective: train.seed, train.seed + 1, ...
     workers: int = 1  # runs at the same time, each in a process of its own
     prior: TrainConfig | None = None  # a stage of SFT, once a seed, from whose model all runs of that seed start
+    baseline: str = "sft"  # the objective that the report compares the others with, by its label
 
     def __post_init__(self) -> None:
         _require(

@@ -16,6 +16,9 @@ from rwft.errors import ObjectiveError, PolicyError, did_you_mean
 
 BLOCK_BYTES = {"cpu": 1 << 20}  # a block of rows in float32: cache-sized on a CPU,
 ACCELERATOR_BLOCK_BYTES = 64 << 20  # and enough to fill an accelerator elsewhere
+ALIGNED = 64  # rows and columns of longer parts come in multiples: odd ones cost up to half as much again in a product
+STRIP = 8192  # columns that oneDNN multiplies at once
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 TOP = 20  # tokens of `topk_entropy`
 
 
@@ -99,14 +102,29 @@ class Projection:
 
     def products(self, rows: slice) -> Tensor:
         """`(k v)`: `x @ weight.T` of these rows, in the buffer."""
-        return torch.mm(self.x[rows], self.vocabulary.weight.T, out=self.buffer[: rows.stop - rows.start])
+        return multiply_(self.x[rows], self.vocabulary.weight, self.buffer[: rows.stop - rows.start])
+
+
+def multiply_(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """`(k h), (v h) -> (k v)`: `x @ weight.T` in `out`.
+
+    In float32, `torch.mm` calls MKL, which transposes the weight anew for every chunk; oneDNN's
+    kernel, as exact, takes it as it lies and is 1.1 to 1.3 times as fast with 64 to 256 rows.
+    """
+    if not ONEDNN or out.device.type != "cpu" or out.dtype != torch.float32:
+        return torch.mm(x, weight.T, out=out)
+    for start in range(0, weight.shape[0], STRIP):
+        strip = weight[start : start + STRIP]
+        out[:, start : start + STRIP] = torch.ops.mkldnn._linear_pointwise(x, strip, None, "none", [], "")
+    return out
 
 
 def equal_slices(start: int, stop: int, most: int) -> Iterator[slice]:
-    """`start:stop` as the fewest slices of at most `most`, as equal as they can be."""
-    count = -(-(stop - start) // most)
-    for i in range(count):
-        yield slice(start + (stop - start) * i // count, start + (stop - start) * (i + 1) // count)
+    """`start:stop` as the fewest slices of at most `most`, as equal as they and multiples of `ALIGNED` can be."""
+    total, count = stop - start, -(-(stop - start) // most)
+    grain = ALIGNED if most % ALIGNED == 0 and total > count * ALIGNED else 1
+    ends = [start + min(total, -(-(total * i // count) // grain) * grain) for i in range(1, count + 1)]
+    return map(slice, [start, *ends], ends)
 
 
 def blocks(logits: Tensor) -> Iterator[slice]:

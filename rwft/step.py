@@ -13,11 +13,13 @@ from torch import Tensor
 
 from rwft.config import TrainConfig
 from rwft.data.batching import Batch
-from rwft.estimator import Counts, weight_denominator, weight_statistics
+from rwft.estimator import Counts, weight_denominator
 from rwft.head import HeadResult
 from rwft.metrics import Meter
+from rwft.observe import tokens_of
 from rwft.postmortem import discard
-from rwft.setup import Training
+from rwft.rowlog import write_step
+from rwft.training import Training
 from rwft.weighting import Objective
 
 
@@ -146,13 +148,16 @@ def optimiser_step(training: Training, step: int, meter: Meter) -> None:
         discard(training, step, norm, loss, results)
         return
     training.skipped.in_a_row = 0
-    rate = learning_rate(step, training.steps, training.config.train)
+    config = training.config.train
+    meter.rate, meter.norm = learning_rate(step, training.steps, config), norm
+    meter.clipped += 0 < config.clip < norm
+    record(training, meter, results, z, step)  # before the update: nothing runs on the device, so no count waits
+    if config.rows_every and (step + 1) % config.rows_every == 0:
+        write_step(training, step, results)
     for group in training.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = meter.rate
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
-    meter.rate, meter.norm = rate, norm
-    record(training, meter, results, z, step)
     training.track_kl([(r.batch, r.head.logp) for r in results], step)
 
 
@@ -171,25 +176,19 @@ def step_denominator(training: Training, results: list[MicroResult]) -> float:
 def record(training: Training, meter: Meter, results: list[MicroResult], z: float, step: int) -> None:
     """Add a step to the meter. Rows of weight zero that were not forwarded count as what they are."""
     meter.steps += 1
-    tokens, sequences, reward = training.unforwarded(step)
-    if sequences and training.accelerator.is_main_process:
-        meter.add_zero_weights(tokens, sequences, reward)
+    left_out = training.unforwarded(step)
+    if left_out[1] and training.accelerator.is_main_process:
+        meter.add_zero_weights(*left_out)
+    tokens = tokens_of(training, results)
+    if tokens is not None:
+        loss = torch.stack([result.head.loss.detach().double() for result in results]).sum() / z
+        meter.add({**tokens.sums(), **_row_sums(results), "loss": loss}, tokens.weights)
     for result in results:
-        logp, signals = result.head.logp, result.batch.signals
-        ones = torch.ones_like(logp)
-        sums = dict(weight_statistics(result.weights[None], ones[None], logp[None]))
-        sums |= {
-            "loss": result.head.loss / z,
-            "nll": -logp.double().sum(),
-            "tokens": ones.double().sum(),
-            "forwarded": ones.double().sum(),
-        }
-        sums["sequences"] = (result.batch.mask.sum(dim=1) > 0).double().sum()
-        if "reward" in signals and len(logp):
-            sums |= {"reward": signals["reward"].double().sum(), "rewarded": sums["sequences"]}
-        if "entropy" in result.head.signals:
-            sums["entropy"] = result.head.signals["entropy"].double().sum()
-        if "ref_logp" in signals:
-            sums["ref_gap"] = (logp - signals["ref_logp"][result.batch.mask > 0]).double().sum()
-        meter.add(sums, result.weights)
-        meter.add_penalties({name: mean * len(logp) for name, mean in result.head.penalties.items()})
+        meter.add_penalties({name: mean * len(result.head.logp) for name, mean in result.head.penalties.items()})
+
+
+def _row_sums(results: list[MicroResult]) -> dict[str, Tensor]:
+    """`{name: ()}`: how many rows were forwarded, and their rewards."""
+    forwarded = torch.stack([(result.batch.mask.sum(dim=1) > 0).sum() for result in results]).sum()
+    rewards = [r.batch.signals["reward"].double().sum() for r in results if "reward" in r.batch.signals]
+    return {"sequences": forwarded} | ({"reward": torch.stack(rewards).sum(), "rewarded": forwarded} if rewards else {})

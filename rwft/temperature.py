@@ -104,7 +104,8 @@ def _fitted(factor: Factor, wanted: float, data: Prepared) -> Factor:
         raise ConfigError(
             f"objective '{factor.entry.name}': temperature: found {{ess: {wanted:g}}}, but the share of rows that is "
             f"effective goes from {share(LOWEST):.4g} to {share(HIGHEST):.4g} as the temperature grows from "
-            f"{LOWEST:g} to {HIGHEST:g} and never falls below it; expected a share between, or a number"
+            f"{LOWEST:g} to {HIGHEST:g} and never falls below it; expected a share between, or a number (where it "
+            "stays at 1, a bound such as clip holds all weights; where it stays high, few rewards differ)"
         )
     return at(factor, found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rwft.config import Config, resolve
+from rwft.config import Config, overridden, resolve
 from rwft.errors import ConfigError
 
 NAMES = ("objective", "regularize", "data.adapter", "evaluate.verifier", "compare.objectives")
@@ -19,7 +19,7 @@ def stored_config(settings: Mapping[str, Any], overrides: Sequence[str], where: 
     """
     from omegaconf import OmegaConf
 
-    merged = OmegaConf.to_container(OmegaConf.merge(dict(settings), OmegaConf.from_dotlist(list(overrides))))
+    merged = OmegaConf.to_container(overridden(settings, overrides))
     asked = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     for key in NAMES:
         trusted = set(_code_names(_at(asked, key)))

@@ -7,15 +7,19 @@ user's own is found by name as a plugin, as `path/to/file.py:function` or as
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rwft.bounds import NonNegative
 from rwft.data import tasks
-from rwft.errors import DataError, ObjectiveError
+from rwft.errors import DataError, ObjectiveError, RwftError
 from rwft.registry import Registry
 from rwft.weighting import Factor, bind_factor
 
@@ -38,7 +42,9 @@ NUMBER = re.compile(
 
 @verifier
 def exact_match(completion: str, answer: str) -> bool:
-    """The completion is the answer, but for white space around it."""
+    """The completion is the answer, but for white space around it. An empty answer is an error in the data."""
+    if not answer.strip():
+        raise DataError("verifier 'exact_match': the answer is empty, so a policy that writes nothing would succeed")
     return completion.strip() == answer.strip()
 
 
@@ -66,8 +72,8 @@ def numeric(completion: str, answer: str, *, tolerance: NonNegative = 1e-6) -> b
     one is an error in the data.
     """
     expected, found = last_number(answer), last_number(completion)
-    if expected is None:
-        raise DataError(f"verifier 'numeric': answer {answer!r} holds no number")
+    if expected is None or math.isinf(expected):
+        raise DataError(f"verifier 'numeric': answer {answer!r} holds no {'' if expected is None else 'finite '}number")
     return found is not None and abs(found - expected) <= tolerance * max(1.0, abs(expected))
 
 
@@ -75,6 +81,28 @@ def last_number(text: str) -> float | None:
     """The last decimal number in `text`; None if there is none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
+
+
+@verifier
+def math_verify(completion: str, answer: str) -> bool:
+    r"""The completion's last mathematical expression equals the answer, by the package math-verify.
+
+    An answer without `$`, `\boxed`, `\(` or `\[` is read as LaTeX as it stands; one that holds no
+    expression is an error in the data. Needs `pip install "rwft[math]"`, and the main thread (it limits
+    its time by a signal).
+    """
+    _check_math()
+    package = importlib.import_module("math_verify")
+    delimited = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
+    expected = package.parse(answer if delimited else f"${answer}$") if answer.strip() else []
+    if not expected:
+        raise DataError(f"verifier 'math_verify': answer {answer!r} holds no mathematical expression")
+    return bool(package.verify(expected, package.parse(completion)))
+
+
+def _check_math() -> None:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ObjectiveError("verifier 'math_verify': the package is not installed; pip install \"rwft[math]\"")
 
 
 @verifier
@@ -96,29 +124,56 @@ class Verifier:
     factor: Factor
 
     @property
+    def name(self) -> str:
+        return self.factor.entry.name
+
+    @property
     def reads(self) -> tuple[str, ...]:
         return self.factor.entry.reads
 
     def __call__(self, row: Mapping[str, Any], completion: str) -> float:
         """The score of a completion for a held-out row.
 
-        Raises DataError if the row lacks the answer that is read, ObjectiveError if the score is no finite number.
+        Raises DataError if the row lacks the answer that is read, ObjectiveError if the verifier fails or its
+        score is no finite number; both name the row.
         """
-        name, where = self.factor.entry.name, f"{row['file']}:{row['row']}"
+        where = f"{row['file']}:{row['row']}"
         given = {"row": row, "completion": completion, "prompt": row["prompt"], "answer": row["answer"]}
         if "answer" in self.reads and row["answer"] is None:
-            raise DataError(f"{where}: no answer, which verifier '{name}' reads; map a column to it in data.adapter")
-        score = self.factor.entry.function(*(given[key] for key in self.reads), **self.factor.settings)
-        if not isinstance(score, (bool, int, float)) or not math.isfinite(score):
-            raise ObjectiveError(f"verifier '{name}' ({where}): found {score!r}, expected a finite number or a bool")
-        return float(score)
+            raise DataError(
+                f"{where}: no answer, which verifier '{self.name}' reads; map a column to it in data.adapter"
+            )
+        return self._checked(self._score([given[key] for key in self.reads], where), where)
+
+    def _score(self, given: list[Any], where: str) -> Any:
+        try:
+            return self.factor.entry.function(*given, **self.factor.settings)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        except RwftError:
+            raise
+        except Exception as error:
+            raise ObjectiveError(
+                f"verifier '{self.name}' ({where}): {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+
+    def _checked(self, score: Any, where: str) -> float:
+        """Bools and real numbers, numpy's too; anything else is refused as it is."""
+        value = score.item() if isinstance(score, np.generic) else score
+        if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+            raise ObjectiveError(
+                f"verifier '{self.name}' ({where}): found {score!r}, expected a finite number or a bool"
+            )
+        return float(value)
 
 
 def build_verifier(spec: Any) -> Verifier:
     """A name, `path.py:function` or `{name: ..., **settings}`. Raises ObjectiveError for what breaks the contract."""
     bound = bind_factor(verifier, spec)
-    if bound.entry.name == "regex":
+    if bound.entry.function is regex:
         _check_pattern(str(bound.settings["pattern"]))
+    if bound.entry.function is math_verify:
+        _check_math()
     return Verifier(bound)
 
 

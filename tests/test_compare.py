@@ -17,22 +17,26 @@ import numpy as np
 import pytest
 
 import rwft.compare
+import rwft.drift
 import rwft.evaluate
 import rwft.setup
 from rwft.compare import (
-    PRIOR,
-    Comparison,
-    Outcome,
-    Summary,
+    behavior_rate,
     compare,
     compare_command,
-    interval,
     long_form,
     objective_jobs,
     objectives,
     prior_job,
     read_curve,
     slug,
+)
+from rwft.comparison import (
+    PRIOR,
+    Comparison,
+    Outcome,
+    Summary,
+    interval,
     summarise,
     summary,
     t_quantile,
@@ -103,6 +107,14 @@ def test_objectives_from_the_command_line(root: Path, tmp_path: Path) -> None:
     config = load_config(root / "configs" / "demo.yaml", [long_form(text), long_form("seeds=2")])
     assert list(objectives(config)) == ["sft", "dft * filtered_bc", "rwr(temperature=0.5)", "iw_sft * rwr", "half"]
     assert config.compare.seeds == 2
+
+
+def test_the_baseline_must_be_among_the_objectives(tmp_path: Path) -> None:
+    given = {"objectives": ["sft", "dft"], "baseline": "dtf"}
+    with pytest.raises(ConfigError, match=r"compare\.baseline: 'dtf' is none of the objectives; did you mean 'dft'"):
+        objectives(settings(tmp_path, compare=given))
+    assert list(objectives(settings(tmp_path, compare={**given, "baseline": "dft"}))) == ["sft", "dft"]
+    assert list(objectives(settings(tmp_path, compare={"objectives": ["dft"]}))) == ["dft"]
 
 
 def test_without_a_list_the_one_objective_is_run(tmp_path: Path) -> None:
@@ -241,7 +253,7 @@ def test_curve_holds_the_evaluations_alone(tmp_path: Path) -> None:
 
 def test_order_is_the_config_s_then_the_seed_s(tmp_path: Path) -> None:
     runs = [run("dft", 1, 0.9), run("sft", 0, 0.5), run("dft", 0, 0.8), run(PRIOR, 0, 0.5)]
-    result = summarise(settings(tmp_path), runs, [PRIOR, "sft", "dft"])
+    result = summarise(runs, [PRIOR, "sft", "dft"], *behavior_rate(settings(tmp_path), runs))
     assert [(o.label, o.seed) for o in result.outcomes] == [(PRIOR, 0), ("sft", 0), ("dft", 0), ("dft", 1)]
     assert [s.label for s in result.summaries] == [PRIOR, "sft", "dft"]
     (held_out,) = (tmp_path / "cache").rglob("heldout.jsonl")
@@ -304,6 +316,9 @@ def test_small_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     kept = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert kept == json.loads(json.dumps(result.to_json()))
     assert (tmp_path / "out" / "compare.png").is_file()
+    assert load_config(tmp_path / "out" / "compare.yaml") == config
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "dft * filtered_bc" in page
     assert len((tmp_path / "out" / "compare.csv").read_text().splitlines()) == 7
     by_run = {(o.label, o.seed): o for o in result.outcomes}
     for seed in (0, 1):  # the same start and rows: before the first update SFT and DFT see the same likelihood
@@ -320,7 +335,11 @@ def test_small_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(rwft.setup, "load_policy", never)
     monkeypatch.setattr(rwft.evaluate, "sample_reward", never)
+    monkeypatch.setattr(rwft.drift, "drift", never)
     assert compare(config) == result
+    assert (tmp_path / "out" / "report.html").read_text() == page
+    with pytest.raises(AssertionError, match="trained again"):
+        compare(replace(config, evaluate=replace(config.evaluate, samples=2)))  # an evaluation of other settings
 
 
 def test_the_same_start_and_order_for_every_objective(tmp_path: Path) -> None:

@@ -172,3 +172,24 @@ def test_fully_sharded_ranks_train_resume_and_export(tmp_path: Path, root: Path)
     assert not (tmp_path / "sharded" / "model").exists()
     torchrun(2, tmp_path, ["sharded"], root, script=SHARDED + SCRIPT)
     assert largest_difference(tmp_path / "one", tmp_path / "sharded") < 1e-6
+
+
+def test_adapters_and_summed_weights_on_two_ranks(tmp_path: Path, root: Path) -> None:
+    """LoRA under DDP and FSDP2, and a gradient divided by the summed weights under FSDP2: the files of one process."""
+    more = ("train.batch_size=8", "model.dtype=float32", "train.clip=0.5", "train.steps=3")
+    lora, summed = (*more, "model.lora.rank=2"), (*more, "train.normalize=weight")
+    cases = {
+        "lora-ddp": (lora, SCRIPT),
+        "lora-fsdp": (lora, SHARDED + SCRIPT),
+        "weight-fsdp": (summed, SHARDED + SCRIPT),
+    }
+    for name, (settings, script) in cases.items():
+        train(tiny(tmp_path, *settings, "train.batch_size=16", objective="iw_sft", name=f"one/{name}"))
+        config = tiny(tmp_path, *settings, objective="iw_sft", name=f"two/{name}")
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(config))
+        torchrun(2, tmp_path, [name], root, script=script)
+        one, two = (
+            load_file(next((tmp_path / ranks / name / "model").glob("*.safetensors"))) for ranks in ("one", "two")
+        )
+        assert one.keys() == two.keys()
+        assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6, name

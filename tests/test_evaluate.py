@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import json
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rwft.config import EvaluateConfig, resolve
 from rwft.data.characters import character_tokenizer
 from rwft.errors import ConfigError, DataError, ObjectiveError
-from rwft.evaluate import (
-    Prompt,
-    evaluate,
-    evaluate_command,
-    evaluation_config,
-    held_out_prompts,
-    left_pad,
+from rwft.evaluate import evaluate, evaluate_command, evaluation_config
+from rwft.policy import Policy
+from rwft.sampling import Prompt, held_out_prompts, left_pad, sample, sample_reward, stop_ids
+from rwft.scores import (
+    Sampled,
+    difference_interval,
     mean_interval,
     pass_at,
-    sample,
-    sample_reward,
-    stop_ids,
+    pass_at_intervals,
+    sampled_from_json,
+    sharpening,
     wilson,
 )
-from rwft.policy import Policy
 from rwft.verifiers import build_verifier, last_number, verifier
 
 ROW: dict[str, Any] = {"prompt": "hal>", "answer": "ibm", "file": "held.jsonl", "row": 7, "reward": 1.0, "group": "g"}
@@ -125,8 +125,15 @@ def test_verifier_needs_the_answer_that_it_reads() -> None:
         build_verifier("exact_match")({**ROW, "answer": None}, "x")
     with pytest.raises(DataError, match="answer 'many' holds no number"):
         build_verifier("numeric")({**ROW, "answer": "many"}, "7")
-    with pytest.raises(DataError, match="the answer is empty"):
+    with pytest.raises(DataError, match=r"^held.jsonl:7: verifier 'contains': the answer is empty"):
         build_verifier("contains")({**ROW, "answer": " "}, "x")
+    with pytest.raises(DataError, match=r"^held.jsonl:7: verifier 'exact_match': the answer is empty"):
+        build_verifier("exact_match")({**ROW, "answer": ""}, "")
+    with pytest.raises(DataError, match="answer '1e999' holds no finite number"):
+        build_verifier("numeric")({**ROW, "answer": "1e999"}, "1e999")
+    assert build_verifier("numeric")({**ROW, "answer": "7"}, "1e999") == 0
+    assert build_verifier("numeric")({**ROW, "answer": "7"}, "nan") == 0
+    assert build_verifier("numeric")({**ROW, "answer": "7"}, "") == 0
 
 
 def test_own_verifier_in_a_file(tmp_path: Path) -> None:
@@ -140,6 +147,73 @@ def test_own_verifier_in_a_file(tmp_path: Path) -> None:
     with pytest.raises(ObjectiveError, match=r"verifier 'half' \(held.jsonl:7\): found nan, expected a finite number"):
         own(ROW, "else")
     verifier._entries.pop("half", None)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return {}['x']", r"KeyError: 'x'"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("return None", "found None, expected a finite number or a bool"),
+        ("return '1'", "found '1', expected a finite number or a bool"),
+        ("return [1.0]", r"found \[1.0\], expected a finite number or a bool"),
+        ("return float('inf')", "found inf, expected a finite number or a bool"),
+        ("import numpy; return numpy.float32('nan')", "found .*nan.*, expected a finite number or a bool"),
+    ],
+)
+def test_a_verifier_that_fails_names_the_row(tmp_path: Path, body: str, says: str) -> None:
+    (tmp_path / "mine.py").write_text(f"def broken(completion):\n    {body}\n")
+    with pytest.raises(ObjectiveError, match=rf"^verifier 'broken' \(held.jsonl:7\): {says}$"):
+        build_verifier(f"{tmp_path / 'mine.py'}:broken")(ROW, "x")
+
+
+@pytest.mark.parametrize(("score", "value"), [("bool_(True)", 1.0), ("int64(3)", 3.0), ("float32(0.5)", 0.5)])
+def test_numbers_of_numpy_are_scores(tmp_path: Path, score: str, value: float) -> None:
+    (tmp_path / "mine.py").write_text(f"import numpy\n\ndef typed(completion):\n    return numpy.{score}\n")
+    found = build_verifier(f"{tmp_path / 'mine.py'}:typed")(ROW, "x")
+    assert found == value
+    assert type(found) is float
+
+
+def test_ones_own_verifier_may_have_the_name_of_a_built_in(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def regex(completion):\n    return completion == 'x'\n")
+    assert build_verifier(f"{tmp_path / 'mine.py'}:regex")(ROW, "x") == 1
+
+
+def test_math_verify_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    hidden = {"math_verify": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: hidden.get(name, name) and found(name, *rest))
+    with pytest.raises(
+        ObjectiveError, match=r"^verifier 'math_verify': .* not installed; pip install \"rwft\[math\]\"$"
+    ):
+        build_verifier("math_verify")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason='needs pip install "rwft[math]"')
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("so it is 0.5", r"\frac{1}{2}", 1),
+        (r"so \boxed{\frac{2}{4}}", "1/2", 1),
+        ("$1+x$", "x+1", 1),
+        ("$2x+2$", "2x+1", 0),
+        (r"the set $\{2,1\}$", r"\{1,2\}", 1),
+        ("12", "the sum is #### 12", 1),
+        (r"\boxed{13}", r"$\boxed{12}$", 0),
+        ("no idea", "12", 0),
+        ("", "12", 0),
+        (r"\frac{1}{", "12", 0),
+    ],
+)
+def test_math_verify(completion: str, answer: str, score: float) -> None:
+    assert build_verifier("math_verify")({**ROW, "answer": answer}, completion) == score
+
+
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason='needs pip install "rwft[math]"')
+def test_math_verify_needs_an_expression() -> None:
+    with pytest.raises(DataError, match=r"held.jsonl:7: verifier 'math_verify': answer ' ' holds no mathematical"):
+        build_verifier("math_verify")({**ROW, "answer": " "}, "12")
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -181,6 +255,128 @@ def test_pass_at_against_all_subsets() -> None:
     assert pass_at(scores) == pytest.approx(expected, abs=1e-12)
     assert pass_at(scores[:, :1]) == {}
     assert pass_at(scores * 0.5) == {}
+
+
+def test_pass_at_intervals_are_over_prompts() -> None:
+    scores = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]] * 30, dtype=float)
+    found = pass_at_intervals(scores, 0)
+    assert found.keys() == pass_at(scores).keys() == {1, 2, 4}
+    for k, chances in ((1, [0.25, 0, 0.75]), (2, [1 - 3 / 6, 0, 1.0])):
+        mean = np.mean(chances)
+        half = 1.96 * np.std(chances * 30, ddof=1) / math.sqrt(90)
+        assert found[k] == pytest.approx((mean - half, mean + half), abs=0.1 * half)
+    assert found[4] == pytest.approx(wilson(2 / 3, 90))  # each prompt either has a success among its four or has none
+    assert pass_at_intervals(scores[:, :1], 0) == {}
+
+
+def test_intervals_of_pass_at_cover() -> None:
+    """Prompts of unequal difficulty: the truth is the mean of 1 - (1 - p)^k over their distribution."""
+    draw, times, chance = np.random.default_rng(1), 120, np.array([0.02, 0.1, 0.3, 0.9])
+    covered = dict.fromkeys((2, 4), 0)
+    for _ in range(times):
+        p = chance[draw.integers(4, size=40)]
+        found = pass_at_intervals((draw.random((40, 4)) < p[:, None]).astype(float), 0)
+        for k in covered:
+            truth = float((1 - (1 - chance) ** k).mean())
+            covered[k] += found[k][0] <= truth <= found[k][1]
+    for k, count in covered.items():
+        assert count / times >= 0.88, (k, count / times)  # 0.95, with a standard error of 0.02
+
+
+# -- sharpening --------------------------------------------------------------------------------------------------------
+
+
+def sampled(temperature: float, per_prompt: Sequence[float], verifier: str = "caesar") -> Sampled:
+    mean = float(np.mean(per_prompt))
+    return Sampled(verifier, len(per_prompt), 4, temperature, 0, mean, mean, mean, 0.0, {}, tuple(per_prompt))
+
+
+def test_difference_interval_by_hand() -> None:
+    # six differences and +1, -1: mean 2/8, squares 0 0 0 0 1 1 1 1 -> variance (4 - 8/16) / 7 = 1/2, error 1/4
+    found = difference_interval(np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), binary=True)
+    assert found == pytest.approx((0.25 - 2.3646 / 4, 0.25 + 2.3646 / 4), abs=2e-3)  # t(7)
+    plain = difference_interval(np.arange(10.0), binary=False)  # variance 55/6
+    assert plain == pytest.approx((4.5 - 2.262157 * math.sqrt(55 / 60), 4.5 + 2.262157 * math.sqrt(55 / 60)), abs=1e-3)
+
+
+POLICY, START = [0.9] * 20 + [0.5] * 20, [0.5] * 20 + [0.3] * 20
+
+
+@pytest.mark.parametrize(
+    ("policy", "start", "verdict"),
+    [
+        ({0.3: POLICY, 1.0: POLICY}, {0.3: START, 1.0: START}, "holds"),
+        ({0.3: POLICY, 1.0: POLICY}, {0.3: POLICY, 1.0: START}, "sharpening"),
+        ({0.3: POLICY, 0.7: POLICY, 1.0: POLICY}, {0.3: POLICY, 0.7: START, 1.0: START}, "sharpening"),
+        ({0.3: [0.6] * 40, 1.0: [0.9] * 40}, {0.3: [0.4] * 40, 1.0: [0.2] * 40}, "partly"),
+        ({0.3: [1.0, 0.0] * 20, 1.0: [0.8, 0.2] * 20}, {0.3: [0.3, 0.4] * 20, 1.0: [0.3] * 40}, "unclear"),
+        ({0.3: POLICY, 1.0: START}, {0.3: START, 1.0: START}, "none"),
+        ({0.3: POLICY, 1.0: START}, {0.3: START, 1.0: POLICY}, "worse"),
+        ({1.0: POLICY}, {1.0: START}, "unknown"),
+        ({1.0: POLICY, 1.5: POLICY}, {1.0: START, 1.5: START}, "unknown"),
+        ({0.3: POLICY, 0.7: POLICY}, {0.3: START, 0.7: START}, "unknown"),
+    ],
+)
+def test_verdicts(policy: dict[float, list[float]], start: dict[float, list[float]], verdict: str) -> None:
+    sides = [[sampled(t, scores) for t, scores in side.items()] for side in (policy, start)]
+    found = sharpening(*sides)
+    assert found.verdict == verdict
+    assert [g.temperature for g in found.gains] == sorted(policy)
+    for gain in found.gains:
+        expected = np.mean(policy[gain.temperature]) - np.mean(start[gain.temperature])
+        assert gain.value == pytest.approx(expected)
+        assert gain.low < gain.high
+    assert (found.lost is None) == (verdict == "unknown")
+    if found.lost is not None:
+        assert found.lost.value == pytest.approx(found.gains[-1].value - found.gains[0].value)
+
+
+def test_scores_beyond_one_are_compared_as_they_are() -> None:
+    draw = np.random.default_rng(0)
+    gap = draw.normal(5.0, 1.0, 200)
+    found = sharpening([sampled(1.0, gap * 2)], [sampled(1.0, gap)])
+    half = 1.972 * gap.std(ddof=1) / math.sqrt(200)
+    assert (found.gains[0].low, found.gains[0].high) == pytest.approx((gap.mean() - half, gap.mean() + half), abs=1e-3)
+
+
+def test_a_policy_that_is_only_surer_is_called_so_and_a_better_one_is_not() -> None:
+    """Answers in a softmax; the first policy is its start with doubled logits, the second knows more."""
+    draw = np.random.default_rng(3)
+    logits = draw.normal(size=(300, 6)) * 1.5
+    logits[:, 0] += 1.0  # the right one
+    better = logits + np.array([2.0, 0, 0, 0, 0, 0])
+
+    def scores(of: Any, temperature: float) -> Sampled:
+        p = np.exp(of / temperature)
+        p = p[:, 0] / p.sum(axis=1)
+        return sampled(temperature, (draw.random((8, 300)) < p).mean(axis=0).tolist())
+
+    start = [scores(logits, t) for t in (0.1, 1.0)]
+    surer, wiser = ([scores(of, t) for t in (0.1, 1.0)] for of in (logits * 2, better))
+    assert sharpening(surer, start).verdict == "sharpening"
+    assert sharpening(wiser, start).verdict in ("holds", "partly")
+    assert sharpening([scores(logits, t) for t in (0.1, 1.0)], start).verdict == "none"
+
+
+@pytest.mark.parametrize(
+    ("policy", "start", "says"),
+    [
+        ([sampled(1.0, POLICY)], [sampled(0.5, POLICY)], r"found temperatures \[1.0\] and \[0.5\], expected the same"),
+        ([sampled(1.0, POLICY)], [sampled(1.0, POLICY[:9])], "caesar on 40 prompts and caesar on 9, expected the same"),
+        ([sampled(1.0, POLICY)], [sampled(1.0, POLICY, "numeric")], "caesar on 40 prompts and numeric on 40"),
+        ([sampled(1.0, POLICY[:4])], [sampled(1.0, POLICY[:4])], "found 4 prompts, expected at least 5"),
+        ([], [], r"found temperatures \[\] and \[\]"),
+    ],
+)
+def test_what_cannot_be_compared(policy: list[Sampled], start: list[Sampled], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        sharpening(policy, start)
+
+
+def test_samples_come_back_from_json() -> None:
+    passes, bounds = {1: 0.5, 2: 0.6}, {1: (0.1, 0.9), 2: (0.2, 0.9)}
+    one = Sampled("caesar", 2, 4, 0.5, 0, 0.5, 0.1, 0.9, 0.0, passes, (0.0, 1.0), bounds)
+    assert sampled_from_json(json.loads(json.dumps(asdict(one)))) == one
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -359,7 +555,7 @@ def test_prompts_are_what_training_saw(config: Any) -> None:
 def test_scores_reach_their_own_prompts(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The verifier sees each text beside the row of the prompt that it was sampled for."""
     prompts = [Prompt(tuple(ids), {**ROW, "prompt": str(len(ids)), "answer": str(i)}) for i, ids in enumerate(PROMPTS)]
-    import rwft.evaluate as module
+    import rwft.sampling as module
 
     monkeypatch.setattr(module, "held_out_prompts", lambda rows, limit: prompts)
     policy, tokenizer = tiny_policy(), character_tokenizer()
@@ -438,3 +634,68 @@ def test_an_adapter_is_evaluated_on_its_base(config: Any, tmp_path: Path) -> Non
     assert adapter.sampled is not None
     assert merged.sampled is not None
     assert adapter.sampled.unfinished == merged.sampled.unfinished
+
+
+def test_several_temperatures(config: Any, tmp_path: Path) -> None:
+    """Each is sampled as if it were the only one; the first is the one that is compared."""
+    from rich.console import Console
+
+    from rwft.config import to_yaml
+
+    apart = [evaluate(resolve(as_plain(config), [f"evaluate.temperature={t}"])) for t in (0.3, 1.0)]
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    console = Console(record=True, file=io.StringIO(), width=160)
+    result = evaluate_command(str(tmp_path / "config.yaml"), ["evaluate.temperature=[0.3,1.0]"], console)
+    assert result.by_temperature == tuple(one.sampled for one in apart)
+    assert result.sampled == apart[0].sampled
+    assert [one.by_temperature for one in apart] == [(one.sampled,) for one in apart]
+    assert result.baseline == ()
+    assert result.sharpening is None
+    stored = json.loads(json.dumps(result.to_json()))
+    assert [one["temperature"] for one in stored["by_temperature"]] == [0.3, 1.0]
+    assert "by temperature" in console.export_text()
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    from rwft.config import as_dict
+
+    return as_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "says"),
+    [
+        ("[]", r"evaluate.temperature: found \[\], expected temperatures that differ"),
+        ("[1.0,1]", r"evaluate.temperature: found \[1.0, 1.0\], expected temperatures that differ"),
+        ("[1.0,-1]", "evaluate.temperature: found -1, expected a finite number >= 0"),
+        ("warm", "evaluate.temperature: found 'warm', expected a finite number >= 0"),
+        ("true", "evaluate.temperature: found True, expected a finite number >= 0"),
+    ],
+)
+def test_temperatures_that_are_none(config: Any, temperature: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve(as_plain(config), [f"evaluate.temperature={temperature}"])
+
+
+def test_the_start_of_a_run_is_the_baseline(config: Any, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from rwft.config import to_yaml
+    from rwft.policy import export, load_policy
+
+    policy = load_policy(config.model, seed=42)
+    export(policy, character_tokenizer(), tmp_path / "run" / "model", "float32", merge=False, main=True)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    console = Console(record=True, file=io.StringIO(), width=200)
+    letters = "evaluate.verifier={name: regex, pattern: '[a-m]'}"
+    asked = ["evaluate.temperature=[0.5,1.0]", letters, "evaluate.baseline=true"]
+    result = evaluate_command(str(tmp_path / "run"), asked, console)
+    own = evaluate(resolve(as_plain(config), asked[:2]))  # the run's config starts from random weights of its seed
+    assert result.baseline == own.by_temperature
+    assert result.by_temperature != result.baseline
+    assert result.sharpening == sharpening(result.by_temperature, result.baseline)
+    assert result.sharpening.statement in console.export_text()
+    with pytest.raises(ConfigError, match="a config has no model that it started from; give the folder of a run"):
+        evaluate(resolve(as_plain(config), asked))
+    with pytest.raises(ConfigError, match=r"nothing is sampled without evaluate\.verifier"):
+        resolve(as_plain(config), ["evaluate.baseline=true", "evaluate.verifier=null"])

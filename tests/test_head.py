@@ -166,9 +166,8 @@ def test_a_tied_weight_gets_both_gradients() -> None:
 def test_non_contiguous_inputs() -> None:
     p = problem()
     x, w = p.x.detach().T.contiguous().T.requires_grad_(), p.w.detach().T.contiguous().T.requires_grad_()
-    token_logprobs(x, w, p.y, budget=1000).sum().backward()
-    expected = torch.autograd.grad(p.logp().sum(), p.leaves)
-    assert_close([x.grad, w.grad], expected, 1e-12)
+    found = torch.autograd.grad(token_logprobs(x, w, p.y, budget=1000).sum(), [x, w])
+    assert_close(found, torch.autograd.grad(p.logp().sum(), p.leaves), 1e-12)
 
 
 # ---------------------------------------------------------------- weighted_loss
@@ -562,6 +561,8 @@ class Products(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             left, right = args[-2:]
             self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        if name == "_linear_pointwise":
+            self.flops += 2 * args[0].numel() * args[1].shape[0]
         if isinstance(out, Tensor):
             self.largest = max(self.largest, out.numel())
         return out
@@ -617,17 +618,35 @@ def test_two_passes_take_four_products_and_one_tile(dtype: torch.dtype) -> None:
 
 
 def test_rows_of_a_chunk_follow_the_budget() -> None:
-    def rows(n: int, h: int, v: int, dtype: torch.dtype, budget: int | None = None) -> int:
-        x, w = (torch.empty(1, 1, dtype=dtype).expand(rows, h) for rows in (n, v))
-        return chunk_rows(x, Vocabulary(w), None, budget)
+    def rows(
+        n: int, h: int, v: int, dtype: torch.dtype, budget: int | None = None, *, weight: torch.dtype | None = None
+    ) -> int:
+        x, w = torch.empty(1, 1, dtype=dtype).expand(n, h), torch.empty(1, 1, dtype=weight or dtype).expand(v, h)
+        return chunk_rows(x, Vocabulary(w.detach().requires_grad_(trained)), None, budget)
 
+    trained = True
     mib = 1 << 20
     assert rows(10, 8, 100, torch.float32, 4000) == 10
     assert rows(10, 8, 100, torch.float64, 4000) == 5
     assert rows(10, 8, 100, torch.float32, 1) == 1
-    assert rows(10, 8, 32768, torch.float32) == 64 * mib // (4 * 32768)  # the least
-    assert rows(2048, 896, 151936, torch.bfloat16) == ((2048 + 151936) * 896 * 4 // 4) // (2 * 151936)  # a quarter
-    assert rows(10, 4096, 262144, torch.float32) == 256 * mib // (4 * 262144)  # the most
+    assert rows(100, 8, 100, torch.float32, 4000 * 9) == 64  # 90 would fit
+    assert rows(9999, 8, 32768, torch.float32) == 80 * mib // (4 * 32768)  # the least
+    assert rows(2048, 896, 151936, torch.float32) == 192  # a quarter of the gradients holds 226
+    assert rows(2048, 896, 151936, torch.bfloat16) == 448  # a quarter of float32 sums holds 454
+    assert rows(9999, 4096, 262144, torch.float32) == 256 * mib // (4 * 262144)  # the most
+    assert rows(896, 896, 151936, torch.bfloat16) == 896  # one chunk is no larger than the float32 sum it spares
+    assert rows(897, 896, 151936, torch.bfloat16) == 448
+    assert rows(896, 896, 151936, torch.bfloat16, weight=torch.float32) == 448  # summed in float32 as it is
+    trained = False
+    assert rows(896, 896, 151936, torch.bfloat16) == 448
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "expected"),
+    [(512, 128, [128] * 4), (2048, 192, [192] * 10 + [128]), (200, 192, [128, 72]), (200, 150, [100, 100])],
+)
+def test_long_chunks_are_multiples_of_64(n: int, most: int, expected: list[int]) -> None:
+    assert [rows.stop - rows.start for rows in cut(None, n, most)] == expected
 
 
 CUTS = [

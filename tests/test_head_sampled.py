@@ -58,8 +58,8 @@ def test_exact_where_only_one_other_token_exists(
 
 
 @pytest.mark.parametrize("count", [1, 3, 50])
-@pytest.mark.parametrize("piece", [4, 8192])
-def test_unbiased(monkeypatch: pytest.MonkeyPatch, count: int, piece: int) -> None:
+@pytest.mark.parametrize(("piece", "run"), [(4, 5), (8192, 32), (8192, 1)])
+def test_unbiased(monkeypatch: pytest.MonkeyPatch, count: int, piece: int, run: int) -> None:
     """One position, 2000 times, with the midpoints of a grid for the uniform numbers: the mean is the integral.
 
     Each token owns one interval of the cumulated probabilities, which a grid measures to 2 / 2000 of a step,
@@ -67,6 +67,7 @@ def test_unbiased(monkeypatch: pytest.MonkeyPatch, count: int, piece: int) -> No
     """
     grid, v = 2000, 13
     monkeypatch.setattr("rwft.head_sampled.PIECE", piece)
+    monkeypatch.setattr("rwft.head_sampled.RUN", run)
     w = torch.eye(v, dtype=torch.float64).requires_grad_()
     z = 3 * torch.randn(v, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x = z.expand(grid, v).clone().requires_grad_()
@@ -89,15 +90,30 @@ def test_unbiased(monkeypatch: pytest.MonkeyPatch, count: int, piece: int) -> No
 def test_the_target_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even by the uniform number 0 where the target comes first."""
     monkeypatch.setattr("torch.rand", lambda *_, **__: torch.zeros(1, 1).double())
-    tokens, rest = draws(count=4).of(torch.tensor([[0.4, 0.0, 0.3, 0.3]]).double(), torch.tensor([0]))
+    tokens, values, rest = draws(count=4).of(torch.tensor([[0.4, 0.0, 0.3, 0.3]]).double(), torch.tensor([0]))
     assert tokens.tolist() == [[2, 2, 3, 3]]
+    assert values.tolist() == [[pytest.approx(0.3), 0.0, pytest.approx(0.3), 0.0]]  # a token drawn twice counts once
     assert rest.item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("run", [1, 2, 5, 32])
+def test_heavy_tokens_are_exact_and_rare_ones_worth_a_step(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
+    """Of 0.8 beside the target, 4 draws make steps of 0.2: 0.5 and 0.2 always come as they are, the rest as 0.2."""
+    monkeypatch.setattr("rwft.head_sampled.RUN", run)
+    p = torch.tensor([[0.06, 0.5, 0.2, 0.04, 0.2]]).double()
+    for point, rare in ((0.1, 0), (0.29, 0), (0.31, None), (0.79, None), (0.81, 3), (0.99, 3)):
+        monkeypatch.setattr("torch.rand", lambda *_, point=point, **__: torch.full((1, 1), point).double())
+        tokens, values, rest = draws(count=4).of(p.clone(), torch.tensor([2]))
+        found = {t: v for t, v in zip(tokens[0].tolist(), values[0].tolist(), strict=True) if v}
+        expected = {1: 0.5, 4: 0.2} | ({} if rare is None else {rare: 0.2})
+        assert found == pytest.approx(expected)
+        assert rest.item() == pytest.approx(0.8)
 
 
 def test_rare_tokens_are_not_lost_in_the_sum() -> None:
     """A thousand probabilities of 1e-9 after one of 0.5: each is less than half of float32's step there."""
     p = torch.cat([torch.tensor([0.5, 0.5]), torch.full((1000,), 1e-9)])[None]
-    _, rest = draws().of(p, torch.tensor([0]))
+    *_, rest = draws().of(p, torch.tensor([0]))
     assert rest.item() == pytest.approx(0.5 + 1e-6, abs=1e-11)
 
 
@@ -139,6 +155,8 @@ def test_one_dense_product_is_left() -> None:
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
                 self.flops += 2 * args[-2].shape[0] * args[-2].shape[1] * args[-1].shape[1]
+            if function.overloadpacket.__name__ == "_linear_pointwise":
+                self.flops += 2 * args[0].numel() * args[1].shape[0]
             return function(*args, **(kwargs or {}))
 
     with Products() as products:

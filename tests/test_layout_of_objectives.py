@@ -26,7 +26,8 @@ from rwft.estimator import NORMALIZERS
 from rwft.invariance import TOLERANCE, distance, layout_gaps, recut, rehearsal, step_gradient
 from rwft.policy import load_policy
 from rwft.progress import Display
-from rwft.setup import Training, make_plan
+from rwft.setup import make_plan
+from rwft.training import Training
 from rwft.weighting import build_objective, objective
 from tests.test_distributed import torchrun
 from tests.tiny import MODEL, tiny

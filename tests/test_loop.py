@@ -115,6 +115,7 @@ def test_another_config_in_the_same_output_is_refused_unless_fresh(tmp_path: Pat
     [
         ("dff", (), ObjectiveError, "did you mean 'dft'"),
         ("tis", ("data.path={folder}/bare.jsonl",), DataError, "log-probabilities of the behaviour policy"),
+        ("sft", ("model.config.max_position_embeddings=9",), DataError, "tokens, but the model has 9 positions"),
         ("rwr", ("data.path={folder}/missing.jsonl",), DataError, "missing.jsonl"),
         ("sft", ("model.path=/nowhere/at/all", "model.config=null"), ValueError, "no such folder"),
     ],
@@ -176,10 +177,10 @@ def test_old_logp_is_the_policy_at_the_last_snapshot(tmp_path: Path) -> None:
 
 
 def test_reference_logp_is_computed_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rwft import setup
+    from rwft import frozen
 
     train(tiny(tmp_path, objective="iw_sft", name="first"))
-    monkeypatch.setattr(setup, "row_logp", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(frozen, "row_logp", lambda *a, **k: pytest.fail("computed again"))
     train(tiny(tmp_path, objective="iw_sft", name="second"))
     assert distance(parameters(tmp_path / "first"), parameters(tmp_path / "second")) == 0.0
 

@@ -97,7 +97,7 @@ def test_logits_stop_the_run_and_move_nothing(
 def test_a_gradient_alone_stops_the_run(
     tmp_path: Path, around: list[tuple[int, bool, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rwft.setup import Training
+    from rwft.training import Training
 
     right = Training.clip
 

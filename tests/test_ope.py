@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from rwft.data.rows import Rows, open_rows, write_rows
 from rwft.data.tasks import Behavior, caesar, write_task
 from rwft.errors import DataError
 from rwft.evaluate import evaluate, evaluate_command
-from rwft.ope import Logged, estimate, logged_under, others_mean, student_quantile
+from rwft.fitted_q import Steps, explained, fit_value, fitted_values, peers_return
+from rwft.logged import logged_under, row_states, step_starts
+from rwft.ope import Logged, estimate, off_policy_figures, others_mean, student_quantile
 from tests.tiny import tiny, write_rollouts
 
 Floats = NDArray[np.float64]
@@ -163,6 +166,8 @@ def test_values_and_intervals_against_naive_sums() -> None:
         assert one.high - one.value == pytest.approx(student_quantile(effective - 1) * error, rel=1e-9), name
         assert one.value - one.low == pytest.approx(one.high - one.value, rel=1e-9)
     assert found.ess_prompts == pytest.approx(effective)
+    half = student_quantile(effective - 1) * sums[0].std(ddof=1) / math.sqrt(len(prompts))
+    assert found.mean_ratio_interval == pytest.approx((sums[0].mean() - half, sums[0].mean() + half))
     size = {g: (logged.prompt == g).sum() for g in prompts}
     share = [math.exp(x) / size[g] for x, g in zip(logged.log_ratio, logged.prompt.tolist(), strict=True)]
     assert found.mean_ratio == pytest.approx(sum(share) / len(prompts))
@@ -207,6 +212,28 @@ def test_ratios_beyond_floating_point_are_refused_not_nan() -> None:
     assert estimate(Logged(np.ones(80), np.arange(80) // 2, np.full(80, -2000.0))).mean_ratio == 0.0
 
 
+@pytest.mark.parametrize(
+    ("ratios", "says"),
+    [([0.9, 1.0], "about 0.05 of what the policy writes is not in the logs"), ([1.1, 1.2], "ratios average above 1")],
+)
+def test_a_mean_ratio_that_is_surely_not_one_is_a_caution(ratios: list[float], says: str) -> None:
+    found = estimate(Logged(np.ones(80), np.arange(80) // 2, np.log(np.repeat(ratios, 40))))
+    assert found.refused is None
+    assert found.caution is not None
+    assert found.caution.startswith(says)
+    assert ("off-policy: caution", found.caution) in off_policy_figures(found)
+    even = estimate(Logged(np.ones(80), np.arange(80) // 2, np.log(np.repeat([0.8, 1.2], 40))))
+    assert even.caution is None
+
+
+def test_one_row_that_carries_all_is_refused_not_an_error() -> None:
+    found = estimate(Logged(np.ones(80), np.arange(80) // 2, np.array([900.0, *[0.0] * 79])))
+    assert found.refused is not None
+    assert (found.ess, found.ess_prompts, found.largest) == (1.0, 1.0, 1.0)
+    assert "effective sample size 1.0 of 80 rows, 1.0 of 40 prompts" in found.refused
+    assert json.dumps(found.mean_ratio_interval, allow_nan=False)
+
+
 def test_too_few_prompts() -> None:
     with pytest.raises(DataError, match="found 9 held-out prompts, expected at least 10"):
         estimate(Logged(np.ones(90), np.arange(90) % 9, np.zeros(90)))
@@ -231,6 +258,227 @@ def test_the_embedded_task_has_a_closed_form(tmp_path: Path) -> None:
             one = found.estimates["self_normalized"]
             covered += one.low <= truth <= one.high
         assert covered >= 26, skill  # 28.5 of 30 on average
+
+
+# -- fitted values -----------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """Up to `deep` steps, each a letter or the end; two policies, rewards by history, and what is known of a history.
+
+    A history is numbered by its prompt and letters: x A^k + letters. `seen` says what its state tells: all of it
+    (one-hot), its last letter, or nothing.
+    """
+
+    def __init__(self, deep: int, apart: float, seen: str, seed: int, prompts: int = 5) -> None:
+        draw = np.random.default_rng(seed)
+        self.deep, self.prompts, self.seen = deep, prompts, seen
+        self.mu: list[Floats] = []
+        self.pi: list[Floats] = []
+        self.reward: list[Floats] = []
+        for k in range(deep):
+            histories = prompts * A**k
+            scores, gap = draw.normal(size=(2, histories, A + 1))
+            scores[:, A] -= 50.0 * (k == 0)  # nothing ends before its first step
+            self.mu.append(softmax(scores))
+            self.pi.append(softmax(scores + apart * gap))
+            self.reward.append(draw.normal(size=(histories, 1)) + 0.5 * draw.normal(size=(histories, A)))
+
+    def values(self) -> list[Floats]:
+        """`(histories)` for each step: expected rewards from it on, by enumeration."""
+        out = [np.zeros(self.prompts * A**self.deep)]
+        for pi, reward in zip(reversed(self.pi), reversed(self.reward), strict=True):
+            out.append((pi[:, :A] * (reward + out[-1].reshape(-1, A))).sum(axis=1))
+        return out[:0:-1]
+
+    def value(self) -> float:
+        return float(self.values()[0].mean())
+
+    def state(self, k: int, history: NDArray[np.int64]) -> Floats:
+        width = self.prompts * A ** (self.deep - 1)
+        if self.seen == "all":
+            return np.eye(width)[history]
+        return np.eye(width)[history % A] if self.seen == "last" and k > 0 else np.zeros((len(history), width))
+
+    def log(self, prompts: int, each: int, draw: np.random.Generator) -> tuple[Logged, NDArray[np.int64]]:
+        """Rows, and the number of each one's history before each step, -1 behind its end."""
+        history = np.repeat(draw.integers(self.prompts, size=prompts), each)
+        n, on = len(history), np.ones(len(history), dtype=bool)
+        ratio, where = np.zeros(n), np.full((n, self.deep), -1)
+        step_reward, gaps = np.zeros((n, self.deep)), np.zeros((n, self.deep))
+        states = []
+        for k in range(self.deep):
+            where[on, k] = history[on]
+            states.append(self.state(k, history) * on[:, None])
+            action = (draw.random((n, 1)) > self.mu[k][history].cumsum(axis=1)[:, :-1]).sum(axis=1)
+            ratio = ratio + on * np.log(self.pi[k][history, action] / self.mu[k][history, action])
+            gaps[:, k] = ratio
+            on = on & (action < A)
+            letter = np.minimum(action, A - 1)
+            step_reward[:, k] = on * (self.reward[k][history, letter] + 0.3 * draw.normal(size=n))
+            history = history * A + letter
+        number = np.repeat(np.arange(prompts), each)
+        return Logged(
+            step_reward.sum(axis=1), number, ratio, step_reward, gaps, np.stack(states, axis=1), where >= 0
+        ), where
+
+
+@pytest.mark.parametrize(
+    ("problem", "prompts", "each", "width"),
+    [
+        (Tree(2, 0.8, "all", seed=5, prompts=2), 100, 2, (0.85, 0.97)),
+        (Tree(3, 0.6, "last", seed=1), 80, 3, (0.96, 1.04)),
+    ],
+    ids=["a state that tells all", "a state that tells little"],
+)
+def test_fitted_q_is_right_on_average_and_its_interval_covers(
+    problem: Tree, prompts: int, each: int, width: tuple[float, float]
+) -> None:
+    """Whatever the state tells: the correction makes up for the fit. Narrower than without, if it tells much."""
+    draw, times, truth = np.random.default_rng(7), 300, problem.value()
+    found = [estimate(problem.log(prompts, each, draw)[0]).estimates for _ in range(times)]
+    widths = {}
+    for name in ("per_decision", "fitted_q"):
+        used = [f[name] for f in found if name in f]
+        assert len(used) > 0.9 * times
+        values = np.array([f.value for f in used])
+        assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(len(values)), name
+        covered = np.mean([f.low <= truth <= f.high for f in used])
+        assert 0.91 <= covered <= 0.985, (name, covered)  # 0.95, with a standard error of 0.013
+        widths[name] = float(np.mean([f.high - f.low for f in used]))
+    assert width[0] < widths["fitted_q"] / widths["per_decision"] < width[1]
+
+
+def test_many_logs_with_ends_come_near() -> None:
+    problem = Tree(3, 1.0, "all", seed=4)
+    found = estimate(problem.log(20_000, 1, np.random.default_rng(0))[0])
+    for name in ("per_decision", "fitted_q"):
+        assert found.estimates[name].value == pytest.approx(problem.value(), abs=0.06)
+        assert found.estimates[name].high - found.estimates[name].low < 0.12
+
+
+def steps_of(logged: Logged) -> Steps:
+    assert logged.step_reward is not None
+    assert logged.step_log_ratio is not None
+    assert logged.state is not None
+    assert logged.alive is not None
+    return Steps(logged.step_reward, logged.step_log_ratio, logged.state, logged.alive, logged.prompt)
+
+
+def test_fitted_values_come_to_the_enumerated_ones() -> None:
+    problem = Tree(2, 0.5, "all", seed=2)
+    logged, where = problem.log(30_000, 1, np.random.default_rng(1))
+    found = fitted_values(steps_of(logged))
+    for k, truth in enumerate(problem.values()):
+        alive = where[:, k] >= 0
+        assert np.abs(found[alive, k] - truth[where[alive, k]]).max() < 0.15
+        assert not found[~alive, k].any()
+    assert not found[:, -1].any()
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_no_rows_own_rewards_are_in_its_values(each: int) -> None:
+    logged, _ = Tree(2, 0.5, "all", seed=2).log(60, each, np.random.default_rng(1))
+    steps = steps_of(logged)
+    found, other = fitted_values(steps), steps.reward.copy()
+    other[7] += 5.0
+    moved = fitted_values(replace(steps, reward=other))
+    assert moved[7].tolist() == found[7].tolist()
+    assert np.abs(moved - found).max() > 0.01
+
+
+def test_what_lies_behind_the_end_does_not_count() -> None:
+    steps = steps_of(Tree(3, 0.5, "all", seed=2).log(60, 2, np.random.default_rng(1))[0])
+    assert not steps.alive.all()
+    other = replace(steps, state=np.where(steps.alive[:, :, None], steps.state, 7.0))
+    assert (fitted_values(other) == fitted_values(steps)).all()
+
+
+def test_ridge_against_hat_matrices() -> None:
+    """Generalised cross-validation over the same penalties, by the definition: RSS / (n - tr H)^2, H of all n rows."""
+    draw = np.random.default_rng(5)
+    x = draw.normal(size=(60, 8)) * 10.0 ** np.arange(-3, 5)
+    y = x @ (draw.normal(size=8) / 10.0 ** np.arange(-3, 5)) + 3 * draw.normal(size=60)
+    z = (x - x.mean(axis=0)) / x.std(axis=0)
+    best, expected = math.inf, np.zeros(60)
+    for penalty in 10.0 ** np.arange(-4, 4.5, 0.5):
+        hat = 1 / 60 + z @ np.linalg.inv(z.T @ z + 60 * penalty * np.eye(8)) @ z.T
+        error = np.square(y - hat @ y).sum() / (60 - np.trace(hat)) ** 2
+        if error < best:
+            best, expected = error, hat @ y
+    found = fit_value(x, y, np.full(60, 0.2))(x)
+    np.testing.assert_allclose(found, np.clip(expected, y.min(), y.max()), rtol=1e-9)
+    assert np.abs(found - y.mean()).max() > 1  # it is no mean
+
+
+def test_a_weight_of_two_is_two_rows() -> None:
+    draw = np.random.default_rng(6)
+    x, y = draw.normal(size=(80, 2)), draw.normal(size=80)
+    x[:, 1] = 4.0  # a constant says nothing
+    y += 3 * x[:, 0]
+    twice = np.concatenate([x[:40], x]), np.concatenate([y[:40], y])
+    w = np.where(np.arange(80) < 40, 2.0, 1.0)
+    one, two = fit_value(x, y, w)(x), fit_value(*twice, np.ones(120))(x)
+    np.testing.assert_allclose(one, two, atol=0.02)  # the penalty may be another: fewer rows are effective
+    assert np.abs(fit_value(x, y, np.ones(80))(x) - two).max() > 0.02
+
+
+def test_few_effective_rows_give_their_mean_and_predictions_stay_in_range() -> None:
+    x, y = np.arange(60.0)[:, None], np.arange(60.0) / 10
+    far = np.array([[-1e6], [30.0], [1e6]])
+    assert fit_value(x, y, np.ones(60))(far) == pytest.approx([0.0, 3.0, 5.9], abs=0.05)
+    weight = np.where(np.arange(60) < 19, 1.0, 1e-9)  # 19 effective rows
+    assert fit_value(x, y, weight)(far) == pytest.approx([0.9, 0.9, 0.9], abs=1e-6)
+    weight[19:21] = 1.0
+    assert fit_value(x, y, weight)(far)[2] == pytest.approx(5.9)
+
+
+def test_peers_and_what_values_foresee_by_hand() -> None:
+    found = peers_return(np.array([1.0, 2.0, 6.0, 10.0, 4.0, 8.0]), np.array([5, 5, 5, 2, 9, 9]))
+    np.testing.assert_array_equal(found, [4.0, 3.5, 1.5, np.nan, 8.0, 4.0])
+    reward = np.array([[1.0, 2.0], [5.0, 0.0], [0.0, 4.0]])
+    alive = np.array([[True, True], [True, False], [True, True]])
+    steps = Steps(reward, np.zeros((3, 2)), np.zeros((3, 2, 1)), alive, np.arange(3))
+    values = np.array([[3.0, 1.0, 0.0], [4.0, 0.0, 0.0], [4.0, 4.0, 0.0]])
+    # to go: 3 5 4 with weights 1 1 2, mean 4; 2 - 4 with weights 1 2, mean 10/3
+    spread = 1 + 1 + 0 + (4 / 3) ** 2 + 2 * (2 / 3) ** 2
+    assert explained(steps, values, np.array([1.0, 1.0, 2.0])) == pytest.approx(1 - (0 + 1 + 0 + 1 + 0) / spread)
+
+
+def test_fitted_q_against_naive_sums() -> None:
+    logged, _ = Tree(3, 0.3, "all", seed=1).log(60, 2, np.random.default_rng(3))
+    steps, found = steps_of(logged), estimate(logged)
+    values, prompts = fitted_values(steps), sorted(set(logged.prompt.tolist()))
+
+    def total(keep: list[int]) -> float:
+        rows = [i for i in range(120) if logged.prompt[i] in keep]
+        out = sum(values[i, 0] for i in rows) / len(rows)
+        for k in range(3):
+            w = {i: math.exp(steps.log_ratio[i, k]) for i in rows}
+            out += sum(w[i] * (steps.reward[i, k] + values[i, k + 1] - values[i, k]) for i in rows) / sum(w.values())
+        return out
+
+    one = found.estimates["fitted_q"]
+    assert one.value == pytest.approx(total(prompts), rel=1e-10)
+    spread = np.array([total([p for p in prompts if p != g]) for g in prompts])
+    half = student_quantile(found.ess_prompts - 1) * math.sqrt(59 * spread.var())
+    assert (one.low, one.high) == pytest.approx((one.value - half, one.value + half), rel=1e-9)
+    assert found.fitted is not None
+    assert found.fitted.direct == pytest.approx(values[:, 0].mean())
+    assert found.fitted.explained == pytest.approx(explained(steps, values, np.exp(logged.log_ratio)))
+
+
+def test_values_that_foresee_nothing_give_no_estimate() -> None:
+    logged, _ = Tree(2, 0.3, "none", seed=1).log(100, 1, np.random.default_rng(0))
+    draw = np.random.default_rng(2)
+    found = estimate(replace(logged, step_reward=draw.normal(size=(100, 2)), state=draw.normal(size=(100, 2, 30))))
+    assert found.refused is None
+    assert found.estimates.keys() == {"self_normalized", "doubly_robust", "per_decision"}
+    assert found.fitted is not None
+    assert found.fitted.explained <= 0
+    assert found.fitted.refused is not None
+    assert "of what is to come, expected more than 0" in found.fitted.refused
+    assert ("off-policy: fitted values", found.fitted.refused) in off_policy_figures(found)
 
 
 # -- rows of data and a model ------------------------------------------------------------------------------------------
@@ -266,13 +514,103 @@ def test_ratios_of_rows_by_hand(tmp_path: Path) -> None:
     assert found.step_reward is not None
     assert found.step_log_ratio is not None
     assert found.step_reward.tolist() == [[0.5, 2.0], [3.0, 0.0]]
-    assert found.step_log_ratio.tolist() == [[0.5, 2.5], [-1.0, -1.0]]
+    assert found.step_log_ratio.tolist() == [[0.5, 2.5], [-1.0, -5.0]]  # the second row's end is behind its only step
 
 
 def test_rows_without_steps_have_no_per_decision_estimate(tmp_path: Path) -> None:
     row = {"ids": [1, 2], "mask": [True], "behavior_logp": [-1.0]}
     steps = {"step_position": [0], "step_reward": [1.0]}
     assert logged_under(stored(tmp_path, row, row | steps), [np.zeros(1), np.zeros(1)]).step_reward is None
+
+
+def test_where_steps_start_by_hand(tmp_path: Path) -> None:
+    blank = {"ids": [1, 2, 3, 4, 5, 6, 7], "behavior_logp": [0.0] * 6, "mask": [False, True, True, False, True, True]}
+    rows = stored(
+        tmp_path,
+        blank | {"step_position": [1, 2, 4], "step_reward": [1.0, 2.0, 3.0]},  # steps of one token; one more behind
+        blank | {"step_position": [2], "step_reward": [1.0]},  # two tokens; then an end, which is a step too
+        blank | {"step_position": [5], "step_reward": [1.0]},  # nothing behind
+        blank | {"step_position": [0, 5], "step_reward": [1.0, 2.0]},  # a first step of which nothing is trained
+    )
+    logged = logged_under(rows, [np.array([1.0, 2.0, 4.0, 8.0])] * 4)
+    assert logged.alive is not None
+    assert logged.alive.astype(int).tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0]]
+    assert [p.tolist() for p in step_starts(rows, logged.alive)] == [[0, 1, 2], [0, 2], [0], [0, 0]]
+    assert logged.step_log_ratio is not None
+    assert logged.step_log_ratio.tolist() == [[1, 3, 7], [3, 15, 15], [15, 15, 15], [0, 15, 15]]
+
+
+def test_an_end_is_an_action_of_which_the_ratio_counts(tmp_path: Path) -> None:
+    """Half of the logs end behind the first step, the policy ends one time in ten; a second step is worth 1: 0.9."""
+    ends = {"ids": [1, 2, 3], "mask": [True, True], "behavior_logp": [0.0, math.log(0.5)]}
+    goes = {"ids": [1, 2, 4, 3], "mask": [True, True, True], "behavior_logp": [0.0, math.log(0.5), 0.0]}
+    ends |= {"step_position": [0], "step_reward": [0.0]}
+    goes |= {"step_position": [0, 1], "step_reward": [0.0, 1.0]}
+    rows = stored(tmp_path, *(row | {"group": f"{g}"} for g in range(20) for row in (ends, ends, goes, goes)))
+    ours = np.array([0.0, math.log(0.1)]), np.array([0.0, math.log(0.9), 0.0])
+    found = estimate(logged_under(rows, [ours[i % 4 > 1] for i in range(80)]))
+    assert found.estimates["per_decision"].value == pytest.approx(0.9, abs=1e-12)
+    assert found.mean_ratio == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("width", [16, 80])
+def test_states_are_the_models_own(tmp_path: Path, width: int) -> None:
+    """The last hidden state behind the prompt, and behind each step; wide ones are projected, always alike."""
+    from rwft.data.batching import Collate
+    from rwft.policy import load_policy
+
+    rows = stored(
+        tmp_path,
+        {"ids": [1, 50, 51, 52, 53, 2], "mask": [False, True, True, True, True]},
+        {"ids": [1, 60, 61], "mask": [True, True]},
+    )
+    config = tiny(tmp_path, f"model.config.hidden_size={width}", "model.config.attention_dropout=0.5")
+    policy = load_policy(config.model, 0).train()
+    collate = Collate(rows, frozenset(), pad=0, dtype=torch.float64)
+    places = [np.array([0, 2]), np.array([1])]
+    found = row_states(policy, collate, rows.length, places, device=torch.device("cpu"))
+    assert policy.training
+    policy.eval()
+    for states, ids, which in zip(found, ([1, 50, 51, 52, 53], [1, 60]), ([1, 3], [1]), strict=True):
+        with torch.no_grad():
+            out = policy.causal(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        expected = out.hidden_states[-1][0, which].numpy()
+        if width <= 64:
+            np.testing.assert_allclose(states, expected, atol=1e-10)
+        else:
+            assert states.shape == (len(which), 64)
+            ratio = np.linalg.norm(states, axis=1) / np.linalg.norm(expected, axis=1)
+            assert (np.abs(ratio / 8 - 1) < 0.4).all()  # lengths are kept, times sqrt(64), up to 1 / sqrt(128)
+    again = row_states(policy, collate, rows.length, places, device=torch.device("cpu"))
+    assert all((a == b).all() for a, b in zip(found, again, strict=True))
+
+
+def test_steps_from_rows_to_estimates(tmp_path: Path) -> None:
+    """The policy's own logs: every ratio is 1, so the estimate is the mean of the logged step rewards."""
+    own_logs(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from rwft import Example\n"
+        "from rwft.data.example import Span\n\n"
+        "def rows(row, source):\n"
+        "    for text, logp in zip(row['completions'], row['logprobs']):\n"
+        "        spans = [Span(i, i + 1, float(letter > 'd')) for i, letter in enumerate(text)]\n"
+        "        yield Example(row['prompt'], text, source, reward=float(len(text)), group=row['prompt'],\n"
+        "                      behavior_logp=logp, spans=tuple(spans), finished=True)\n"
+    )
+    asked = "evaluate.off_policy=true", f"data.adapter={tmp_path}/mine.py:rows"
+    whole = ("data.eval_fraction=0.0", f"data.eval_path={tmp_path / 'rollouts.jsonl'}")
+    found = evaluate(tiny(tmp_path, *asked, *whole)).off_policy
+    assert found is not None
+    assert found.refused is None
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    mean = np.mean([np.mean([sum(c > "d" for c in text) for text in line["completions"]]) for line in lines])
+    assert found.behavior_steps is not None
+    assert found.behavior_steps.value == pytest.approx(mean)
+    assert found.estimates["per_decision"].value == pytest.approx(mean, abs=1e-9)
+    assert found.fitted is not None
+    assert found.fitted.explained != 0
+    if found.fitted.refused is None:
+        assert found.estimates["fitted_q"].value == pytest.approx(mean, abs=0.5)
 
 
 def own_logs(folder: Path, shift: float = 0.0) -> Config:
@@ -351,7 +689,7 @@ def test_rows_without_log_probabilities(tmp_path: Path) -> None:
     path = write_rollouts(tmp_path / "rollouts.jsonl", prompts=40)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({k: v for k, v in x.items() if k != "logprobs"}) + "\n" for x in lines))
-    says = "jsonl:1: no log-probabilities of the behaviour policy, which the objective or evaluate.off_policy reads"
+    says = "jsonl:1: no log-probabilities of the behaviour policy .* train.watch or evaluate.off_policy reads"
     with pytest.raises(DataError, match=says):
         evaluate(tiny(tmp_path, "evaluate.off_policy=true", "data.eval_fraction=0.5"))
 
@@ -389,7 +727,7 @@ def test_the_page_on_metrics_names_every_figure() -> None:
     meter = Meter(torch.device("cpu"))
     meter.steps = 1
     meter.add({name: torch.ones(()) for name in meter.sums}, torch.ones(1))
-    figures = meter.read(lambda tensor, how: tensor, lambda tensor: tensor)
+    figures = meter.read(lambda tensor: tensor)
     assert len(figures) >= 13
-    for name in [*figures, *estimate(uneven(30)).estimates]:
+    for name in [*figures, *estimate(uneven(30)).estimates, "fitted_q"]:
         assert f"`{name}`" in page, name

@@ -102,7 +102,7 @@ def test_a_second_signal_a_second_later_is_not_held_back(monkeypatch: pytest.Mon
 def test_a_save_that_takes_long_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rwft.setup import Training
+    from rwft.training import Training
 
     right, clock = Training.save, [0.0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 from collections.abc import Callable
@@ -275,6 +276,8 @@ def test_a_plugin_is_found_through_its_entry_point(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [point])
     assert rwft.objective.plugins() == ["theirs"]
     assert rwft.objective.entry("theirs").reads == ("logp",)
+    source = Path(rwft.__file__).with_name("objectives") / "imitation.py"
+    assert rwft.objective.entry("theirs").origin.endswith(hashlib.sha256(source.read_bytes()).hexdigest())
     assert "did you mean 'theirs'" in sentence(lambda: build_objective("their"))
 
 

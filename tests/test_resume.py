@@ -6,6 +6,7 @@ same sha256 for every file are the same state. Three planted faults show that th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,8 +19,9 @@ import pytest
 import torch
 
 from rwft.config import Config, to_yaml
-from rwft.errors import CheckpointError
+from rwft.errors import CheckpointError, SaveError
 from rwft.loop import train
+from rwft.metrics import MetricsLog
 from tests.test_distributed import SCRIPT, torchrun
 from tests.tiny import tiny
 
@@ -115,6 +117,32 @@ def test_the_end_is_the_same_model(tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_log_on_a_full_disk_ends_in_one_line() -> None:
+    with pytest.raises(SaveError, match=r"^/dev/full: not written: .*No space left"):
+        MetricsLog(Path("/dev/full"), 0, True).write({"step": 1})
+
+
+def fill_the_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_when_the_model_is_exported_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(case(tmp_path, "dropout", "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("rwft.loop.export", fill_the_disk)
+        with pytest.raises(SaveError, match=r"broken/model: not written: .*No space left .* bytes are free"):
+            train(case(tmp_path, "dropout", "broken"))
+    train(case(tmp_path, "dropout", "broken"))
+    assert states(tmp_path / "broken") == states(tmp_path / "whole")
+    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "broken")]
+    for result in results:
+        del result["output"], result["metrics"]["tokens_per_second"]
+    assert results[0] == results[1]
+
+
 def test_a_damaged_newest_costs_one_step_and_changes_no_bit(tmp_path: Path) -> None:
     train(case(tmp_path, "dropout", "whole"))
     copy = cut(tmp_path / "whole", 4, "resumed")
@@ -134,7 +162,9 @@ def test_an_order_that_counts_calls_instead_of_epochs_is_caught(
     from rwft.data import batching
 
     right, calls = batching.permutation, iter(range(10**6))
-    monkeypatch.setattr(batching, "permutation", lambda items, seed, epoch: right(items, seed, next(calls)))
+    monkeypatch.setattr(
+        batching, "permutation", lambda items, seed, epoch, folder: right(items, seed, next(calls), folder)
+    )
     assert resumed_gaps(tmp_path, "dropout") != []
 
 
@@ -147,7 +177,7 @@ def test_dropout_that_is_not_seeded_by_its_place_is_caught(tmp_path: Path, monke
 
 @pytest.mark.parametrize("key", ["optimizer", "old_logp", "kl_running"])
 def test_a_part_of_the_state_that_is_lost_is_caught(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rwft.setup import Training
+    from rwft.training import Training
 
     def forgetful(self: Training) -> int:
         step = resume(self)

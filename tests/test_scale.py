@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwft.data import logprobs
-from rwft.data.batching import Batch
+from rwft.config import CreditConfig, DataConfig
+from rwft.data import columns, logprobs
+from rwft.data import rows as rows_module
+from rwft.data.batching import Batch, Plan
+from rwft.data.characters import character_tokenizer
+from rwft.data.credit import fit
 from rwft.data.logprobs import by_length, length_batches, parts, row_logp
-from rwft.data.prepare import split
+from rwft.data.prepare import prepare, split
 from rwft.data.rows import BLOCK, Rows, open_rows, write_rows
 from rwft.loop import train
 from tests.tiny import tiny
@@ -46,7 +57,7 @@ def test_a_subset_copies_nothing_and_keeps_its_rows(tmp_path: Path) -> None:
     whole = rows(tmp_path)
     keep = np.arange(len(whole)) % 2 == 1
     half = whole.subset(keep, "odd").subset(np.arange(len(whole) // 2) >= 11, "later")
-    assert half.table is whole.table
+    assert half.reader is whole.reader
     assert len(half) == len(whole) // 2 - 11
     expected = np.arange(23, len(whole), 2)
     assert half.reward.tolist() == expected.tolist()
@@ -144,3 +155,208 @@ def test_rows_reach_the_model_in_batches_of_the_devices_size(monkeypatch: pytest
     out = row_logp(Model(), collate, np.full(9, 2), np.arange(9), device=torch.device("cpu"), tick=lambda _: None)
     assert sizes == [8, 8, 2]
     assert {index: values.tolist() for index, values in out.items()} == {i: [i, i] for i in range(9)}
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch, part: int) -> None:
+    """Columns of more than `part` numbers are files, and are worked on in such parts."""
+    monkeypatch.setattr(columns, "PART", part)
+    monkeypatch.setattr(columns, "SAMPLE", 4 * part)
+
+
+def on_disk(column: np.ndarray) -> bool:
+    while column.base is not None and not isinstance(column, np.memmap):
+        column = column.base
+    return isinstance(column, np.memmap)
+
+
+def test_long_columns_are_files_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_parts(monkeypatch, 10)
+    long, short = columns.empty(11, np.int64, tmp_path), columns.empty(10, np.int64, tmp_path)
+    long[:], short[:] = np.arange(11), 7
+    stacked = columns.stack([(long[:6], short[:1]), (long[6:], short[:1])], tmp_path)
+    assert [on_disk(column) for column in (long, short, *stacked)] == [True, False, True, False]
+    assert [column.tolist() for column in (long, *stacked)] == [list(range(11)), list(range(11)), [7, 7]]
+    assert [path for path in tmp_path.iterdir() if path.name != "home"] == []
+    assert not on_disk(columns.empty(11, np.int64, None))
+
+
+@pytest.mark.parametrize("kind", ["random", "few", "one", "sorted", "skewed"])
+def test_ranges_hold_every_row_once_and_never_part_equals(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_parts(monkeypatch, 50)
+    draw = np.random.default_rng(3)
+    values = {
+        "random": draw.integers(0, 1 << 62, 1000),
+        "few": draw.integers(0, 3, 1000),
+        "one": np.zeros(1000, dtype=np.int64),
+        "sorted": np.arange(1000),
+        "skewed": np.exp(draw.normal(size=1000) * 9),
+    }[kind]
+    found = list(columns.ranges(values, tmp_path))
+    assert sorted(np.concatenate(found).tolist()) == list(range(1000))
+    assert all((np.diff(rows) > 0).all() for rows in found)
+    filled = [values[rows] for rows in found if len(rows)]
+    assert all(low.max() < high.min() for low, high in itertools.pairwise(filled))
+    if kind in ("random", "sorted", "skewed"):
+        assert max(map(len, found)) <= 100  # about a part
+
+
+def expected_baseline(name: str, row: int, here: list[int], reward: list[Fraction], length: list[int]) -> Fraction:
+    """By the definitions, in fractions; `here` are the rows of the row's group."""
+    others = [i for i in here if i != row]
+    if name == "length_weighted":
+        return sum((reward[i] * length[i] for i in here), Fraction(0)) / sum(length[i] for i in here)
+    of = {"mean": list(range(len(reward))), "group_mean": here, "leave_one_out": others}[name]
+    return sum((reward[i] for i in of), Fraction(0)) / len(of)
+
+
+def loops(
+    reward: list[float], group: list[int], length: list[int], baseline: str
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Advantages and signals by a pass over the members of the group for each row."""
+    exact, ascending = [Fraction(r) for r in reward], sorted(reward)
+    advantage: list[float] = []
+    signals: dict[str, list[float]] = {"group_mean": [], "group_above": [], "reward_above": []}
+    for row, name in enumerate(group):
+        here = [i for i in range(len(group)) if group[i] == name]
+        alone = baseline != "mean" and len(here) == 1
+        advantage.append(0.0 if alone else float(exact[row] - expected_baseline(baseline, row, here, exact, length)))
+        signals["group_mean"].append(float(expected_baseline("group_mean", row, here, exact, length)))
+        signals["group_above"].append(sum(reward[i] > reward[row] for i in here) / len(here))
+        signals["reward_above"].append((len(reward) - bisect.bisect_right(ascending, reward[row])) / len(reward))
+    return advantage, signals
+
+
+@pytest.mark.parametrize("baseline", ["mean", "group_mean", "leave_one_out", "length_weighted"])
+@pytest.mark.parametrize("continuous", [True, False])
+def test_credit_in_parts_is_that_of_plain_loops(
+    baseline: str, continuous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_parts(monkeypatch, 64)
+    draw = np.random.default_rng(5)
+    reward = draw.integers(-1000, 1000, 700) / 64 if continuous else draw.integers(0, 3, 700).astype(float)
+    group, length = draw.integers(0, 200, 700) * 10**15, draw.integers(1, 50, 700)
+    given = (reward, group, length)
+    credit = fit(CreditConfig(baseline=baseline), *given, folder=tmp_path)
+    expected, signals = loops(reward.tolist(), group.tolist(), length.tolist(), baseline)
+    out = credit.advantage(*given, folder=tmp_path)
+    np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+    found = credit.signals(*given, folder=tmp_path)
+    for name, values in signals.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=1e-15, err_msg=name)
+    assert on_disk(out)
+    assert on_disk(credit.groups.mean)
+    assert credit.std == pytest.approx(statistics.stdev(reward), rel=1e-12)
+    assert credit.level.tolist() == sorted(set(reward.tolist()))
+
+
+@pytest.mark.parametrize("scale", ["none", "group_std"])
+def test_parts_change_no_bit_of_what_a_group_gets(scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(6)
+    given = (draw.normal(size=3000), draw.integers(0, 1 << 60, 400)[draw.integers(0, 400, 3000)], np.ones(3000))
+    config = CreditConfig(baseline="leave_one_out", scale=scale)
+    whole = fit(config, *given)
+    expected = whole.advantage(*given), whole.signals(*given)
+    small_parts(monkeypatch, 100)
+    parted = fit(config, *given, folder=tmp_path)
+    assert np.array_equal(parted.advantage(*given, folder=tmp_path), expected[0])
+    assert all(np.array_equal(values, expected[1][name]) for name, values in parted.signals(*given).items())
+    some = draw.permutation(3000)[:2000]  # rows of fitted groups and of others, where half of them were fitted
+    fitted = given[1] < 1 << 59
+    half = fit(config, given[0][fitted], given[1][fitted], given[2][fitted], folder=tmp_path)
+    new = tuple(x[some] for x in given)
+    in_parts = half.advantage(*new, folder=tmp_path)
+    monkeypatch.setattr(columns, "PART", 1 << 18)
+    assert np.array_equal(in_parts, half.advantage(*new))
+
+
+def test_the_order_and_the_groups_of_a_long_epoch_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    length, group = np.ones(500, dtype=np.int64), np.random.default_rng(0).integers(0, 1 << 60, 120).repeat(5)[:500]
+    kinds: dict[str, Any] = {"rows": {}, "groups": {"group": group}}
+    steps = {
+        name: [Plan(length, batch_size=8, accumulate=2, world=1, seed=3, **kind).window(s).tolist() for s in range(40)]
+        for name, kind in kinds.items()
+    }
+    assert sorted(itertools.chain.from_iterable(steps["rows"][:32])) == list(range(500))
+    small_parts(monkeypatch, 40)
+    for name, kind in kinds.items():
+        plan = Plan(length, batch_size=8, accumulate=2, world=1, seed=3, folder=tmp_path, **kind)
+        assert [plan.window(s).tolist() for s in range(40)] == steps[name]
+    groups = Plan(length, batch_size=8, accumulate=1, world=1, seed=3, folder=tmp_path, group=group).units
+    assert groups is not None
+    assert [len(set(group[groups[unit]])) for unit in range(len(groups))] == [1] * len(set(group.tolist()))
+    assert on_disk(groups[3])
+
+
+def test_rows_on_disk_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = rows(tmp_path, 300)
+    small_parts(monkeypatch, 64)
+    filed = open_rows(tmp_path / "rows.arrow", "key")
+    keep = np.arange(300) % 3 > 0
+    names = ("where", "reward", "value", "group", "length", "trained")
+    for one, other in ((held, filed), (held.subset(keep, "some"), filed.subset(keep, "some"))):
+        for name in names:
+            assert np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True), name
+            assert on_disk(getattr(other, name)), name
+    assert filed.reward.tolist() == list(range(300))
+    assert filed.subset(keep, "some").where.tolist() == [i for i in range(300) if i % 3]
+
+
+def test_blocks_end_where_tokens_weigh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "TOKENS", 10)
+    whole = rows(tmp_path, 50)
+    assert max(map(len, rows_module._blocks(whole.reader))) <= 5  # rows of 2 to 6 ids
+    assert whole.take([49, 0, 7])["ids"] == [list(range(i, i + i % 5 + 2)) for i in (49, 0, 7)]
+    assert whole.source(33).row == 33
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from rwft.config import CreditConfig
+from rwft.data import columns
+from rwft.data.credit import fit
+columns.PART = 1 << 14
+rows, folder = int(sys.argv[1]), Path(sys.argv[2])
+own = lambda: int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+reward, group, length = (columns.empty(rows, kind, folder) for kind in (float, int, int))
+draw = np.random.default_rng(0)
+for part in columns.spans(rows):
+    size = part.stop - part.start
+    reward[part], length[part] = draw.normal(size=size), 1
+    group[part] = draw.integers(0, 1 << 60, size // 4)[np.arange(size) % (size // 4)]
+before = own()
+credit = fit(CreditConfig(baseline="leave_one_out"), reward, group, length, folder=folder)
+held = [credit.advantage(reward, group, length, folder=folder), credit.signals(reward, group, length, folder=folder)]
+print(own() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux tells it")
+def test_memory_of_credit_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    def grown(number: int) -> int:
+        command = [sys.executable, "-c", MEMORY, str(number), str(tmp_path)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # KiB
+
+    more = (grown(400_000) - grown(100_000)) * 1024 / 300_000
+    assert more < 8  # bytes a row; what is kept are twelve numbers of eight bytes
+
+
+def test_a_second_start_neither_parses_nor_tokenises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"prompt": f"p{i // 2}", "completion": "ab", "reward": i % 3}) for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = DataConfig(path=str(tmp_path / "rows.jsonl"), eval_fraction=0.2)
+    tokenizer, reads = character_tokenizer(), frozenset({"reward"})
+    first = prepare(data, tokenizer, reads, tmp_path / "cache")
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("work of the first start was done again")
+
+    monkeypatch.setattr("rwft.data.prepare.read_examples", never)
+    monkeypatch.setattr("rwft.data.tokenize.Tokenize.batch", never)
+    second = prepare(data, tokenizer, reads, tmp_path / "cache")
+    assert second.train.take(range(len(first.train))) == first.train.take(range(len(first.train)))
+    assert second.train.fingerprint == first.train.fingerprint
+    assert second.report.lines() == first.report.lines()

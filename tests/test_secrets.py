@@ -96,7 +96,9 @@ def test_the_search_finds_a_canary(tmp_path: Path) -> None:
 def test_no_secret_is_written_however_a_run_ends(end: str, tmp_path: Path, root: Path) -> None:
     run, words = tmp_path / "run", command(tmp_path, "run", 0.1, 200 if end == "SIGTERM" else 3)
     if end == "crash":
-        (tmp_path / "slow.py").write_text("def slow(logp):\n    raise RuntimeError('a mistake of the user')\n")
+        (tmp_path / "slow.py").write_text(
+            "import os\ndef slow(logp):\n    raise RuntimeError('no access with ' + os.environ['MY_SECRET'])\n"
+        )
     if end == "bad override":
         words.append(f"data.path=https://user:{CANARY}@host/x.jsonl")
     process = start(words, root)

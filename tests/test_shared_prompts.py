@@ -79,8 +79,10 @@ def keep_float64(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
 
 
-def loss_gradients(policy: Policy, shared: Shared | None) -> tuple[Tensor, dict[str, Tensor]]:
-    ids, mask = padded(*rows())
+def loss_gradients(
+    policy: Policy, shared: Shared | None, given: tuple[list[list[int]], list[list[int]]] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    ids, mask = padded(*(given or rows()))
     coefficients = torch.linspace(-1, 2, int(mask.sum()), dtype=torch.float64)
     policy.zero_grad()
     result: Any = policy(ids, mask, lambda signals, where: coefficients[where], shared=shared)
@@ -102,6 +104,20 @@ def test_gradients_are_those_of_separate_rows(family: str, attention: str, monke
     for name, gradient in gradients.items():
         gap = float((gradient - gradients_shared[name]).abs().max())
         assert gap < 1e-10 * max(1.0, float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("order", [[0, 2, 1, 5], [0, 1, 2, 5]])
+def test_as_many_rows_behind_each_prompt_side_by_side_or_not(order: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_float64(monkeypatch)
+    ids, mask = rows()  # rows 0 and 2 have one prompt, 1 and 5 another
+    given = [ids[i] for i in order], [mask[i] for i in order]
+    shared = lay_out(*divide(*given))
+    assert shared.each == (2 if order[1] == 2 else 0)
+    assert shared.prompt.tolist() == ([0, 0, 1, 1] if order[1] == 2 else [0, 1, 0, 1])
+    policy = model("llama").eval()
+    (logp, gradients), (logp_shared, others) = (loss_gradients(policy, s, given) for s in (None, shared))
+    assert torch.allclose(logp, logp_shared, rtol=0, atol=1e-10)
+    assert all(torch.allclose(gradients[name], others[name], rtol=1e-10, atol=1e-10) for name in gradients)
 
 
 def test_the_comparison_would_see_a_position_or_a_prompt_that_is_wrong() -> None:

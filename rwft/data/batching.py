@@ -7,8 +7,9 @@ at any step. A step's rows are the same however they are cut into micro-batches 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rwft.data.columns import empty, ranges, spans, stack
 from rwft.data.credit import Credit
 from rwft.data.rows import Rows
 from rwft.data.shared import Shared, Sharing
@@ -52,9 +54,13 @@ class Batch:
         return self.mask.sum(dim=1).long().tolist()
 
 
-def permutation(items: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def permutation(items: int, seed: int, epoch: int, folder: Path | None = None) -> NDArray[np.int64]:
     """The order of one epoch: a pure function of (seed, epoch)."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(items)
+    order = empty(items, np.int64, folder)
+    for part in spans(items):
+        order[part] = np.arange(part.start, part.stop)
+    np.random.Generator(np.random.Philox(key=[seed, epoch])).shuffle(order)
+    return order
 
 
 def pass_tokens() -> float:
@@ -73,7 +79,7 @@ class Plan:
 
     With `group`, whole groups stay in one micro-batch. With `prompt`, rows of a step that have
     the same number there stand beside each other before the cut. Rows not `alive` (weight zero
-    by data alone) keep their place in the order but are not forwarded.
+    by data alone) keep their place in the order but are not forwarded. A long order is a file in `folder`.
     """
 
     def __init__(
@@ -88,14 +94,15 @@ class Plan:
         prompt: NDArray[np.int64] | None = None,
         alive: NDArray[np.bool_] | None = None,
         pass_tokens: float = math.inf,
+        folder: Path | None = None,
     ) -> None:
         if len(length) == 0:
             raise DataError("no rows are left to train on")
         self.length, self.batch_size, self.world, self.seed = length, batch_size, world, seed
         self.window_size = batch_size * accumulate * world
         self.alive = np.ones(len(length), dtype=bool) if alive is None else alive
-        self.prompt, self.pass_tokens = prompt, pass_tokens
-        self.units = None if group is None else _units(group, batch_size)
+        self.prompt, self.pass_tokens, self.folder = prompt, pass_tokens, folder
+        self.units = None if group is None else Units(group, batch_size, folder)
         windows = math.ceil(len(length) / self.window_size)
         self.steps_per_epoch = windows if self.units is None else min(windows, len(self.units))
         self._order: tuple[int, NDArray[np.int64]] | None = None
@@ -114,7 +121,7 @@ class Plan:
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
             items = len(self.length) if self.units is None else len(self.units)
-            self._order = (epoch, permutation(items, self.seed, epoch))
+            self._order = (epoch, permutation(items, self.seed, epoch, self.folder))
         return self._order[1]
 
     def _window_units(self, step: int) -> list[NDArray[np.int64]]:
@@ -179,17 +186,34 @@ class Plan:
         return [np.concatenate(part) for part in parts]
 
 
-def _units(group: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    order = np.argsort(group, kind="stable")
-    units = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
-    largest = max(map(len, units))
-    if largest > batch_size:
-        raise ConfigError(
-            f"train.batch_size: {batch_size} is smaller than the largest group ({largest} rows), but whole groups are "
-            "to be in one micro-batch (the objective reads group, or data.order: groups); "
-            f"set train.batch_size={largest} or more"
-        )
-    return units
+class Units:
+    """Groups as row indices, by ascending number of the group; raises ConfigError for one of over `most` rows."""
+
+    def __init__(self, group: NDArray[np.int64], most: int, folder: Path | None) -> None:
+        self._order, self._stop, size = stack(_by_group(group, folder), folder)
+        self.largest = int(size.max())  # rows
+        if self.largest > most:
+            raise ConfigError(
+                f"train.batch_size: {most} is smaller than the largest group ({self.largest} rows), but whole groups "
+                "are to be in one micro-batch (the objective reads group, or data.order: groups); "
+                f"set train.batch_size={self.largest} or more"
+            )
+
+    def __len__(self) -> int:
+        return len(self._stop)
+
+    def __getitem__(self, unit: int) -> NDArray[np.int64]:
+        start = 0 if unit == 0 else self._stop[unit - 1]
+        return self._order[start : self._stop[unit]]
+
+
+def _by_group(group: NDArray[np.int64], folder: Path | None) -> Iterator[tuple[NDArray[np.int64], ...]]:
+    """Rows by group, where each group stops among them, and the groups' sizes, in parts."""
+    seen = 0
+    for rows in ranges(group, folder):
+        size = np.unique(group[rows], return_counts=True)[1]
+        yield rows[np.argsort(group[rows], kind="stable")], seen + size.cumsum(), size
+        seen += len(rows)
 
 
 class Collate:

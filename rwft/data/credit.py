@@ -4,20 +4,23 @@ r"""From rewards to advantages, by statistics that are fitted once over the trai
 
 The baseline `b` and the scale `s` are fitted over the data set, where offline data make them
 exact, so no row's advantage depends on its batch; or the data bring `b` along, a value for each
-row that a critic or other samples gave. All arrays are float64, one number per row.
+row that a critic or other samples gave. All arrays are float64, one number per row; where a
+`folder` is given, long ones are files there (see `rwft.data.columns`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rwft.config import CreditConfig
+from rwft.data.columns import empty, ranges, spans, stack
 from rwft.errors import CheckpointError, ConfigError, DataError
 
 GROUP_EPSILON = 1e-6  # added to a group's standard deviation, as in GRPO
@@ -70,32 +73,58 @@ class Credit:
     groups: Groups
 
     def advantage(
-        self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike, value: ArrayLike | None = None
+        self,
+        reward: ArrayLike,
+        group: ArrayLike,
+        lengths: ArrayLike,
+        value: ArrayLike | None = None,
+        *,
+        folder: Path | None = None,
     ) -> Floats:
         """`(n), (n), (n), (n) -> (n)`: one advantage a row; `value` is the baseline under `baseline: value`.
 
         Raises DataError for a reward (or value, where it is the baseline) that is missing or not
         finite, and if all fitted rewards are equal but are to be scaled by their standard deviation.
         """
-        baseline, gain = self.terms(reward, group, lengths, value)
-        return self._finish((_rewards(reward) - baseline) * gain)
+        return self.of_terms(reward, self.terms(reward, group, lengths, value, folder=folder), folder=folder)
 
-    def terms(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike, value: ArrayLike | None = None) -> Terms:
+    def of_terms(self, reward: ArrayLike, terms: Terms, *, folder: Path | None = None) -> Floats:
+        """`(n), ((n), (n)) -> (n)`: the advantage of each row that has these terms."""
+        rewards = _rewards(reward)
+        out = empty(len(rewards), np.float64, folder)
+        for part in spans(len(rewards)):
+            out[part] = self._finish((rewards[part] - terms.baseline[part]) * terms.gain[part])
+        return out
+
+    def terms(
+        self,
+        reward: ArrayLike,
+        group: ArrayLike,
+        lengths: ArrayLike,
+        value: ArrayLike | None = None,
+        *,
+        folder: Path | None = None,
+    ) -> Terms:
         """`(n), (n), (n), (n) -> (n), (n)`: baseline and gain of each row.
 
         A row alone in its group gets (0, 0) or (0, 1), by the setting `singleton`, wherever its
         group is asked for. A group whose rewards are all equal has its very reward as baseline;
         under `group_std` its gain is 0.
         """
-        rewards = _rewards(reward)
-        here = self.of_rows(rewards, group, lengths)
-        baseline = _values(value, len(rewards)) if self.config.baseline == VALUE else self._baseline(rewards, here)
-        gain = self._gain(here)
-        if self.config.baseline in OF_GROUPS or self.config.scale == "group_std":
-            alone = here.size == 1
-            baseline = np.where(alone, 0.0, baseline)
-            gain = np.where(alone, float(self.config.singleton == "reward"), gain)
-        return Terms(baseline, gain)
+        rewards, ids, sizes = _rewards(reward), _integers(group), _lengths(lengths)
+        values = _values(value, len(rewards)) if self.config.baseline == VALUE else None
+        out = Terms(*(empty(len(rewards), np.float64, folder) for _ in Terms._fields))
+        for rows in ranges(ids, folder):
+            here = self.of_rows(rewards[rows], ids[rows], sizes[rows])
+            baseline = self._baseline(rewards[rows], here) if values is None else values[rows]
+            out.baseline[rows], out.gain[rows] = self._alone(here, baseline, self._gain(here))
+        return out
+
+    def _alone(self, here: Groups, baseline: Floats, gain: Floats) -> Terms:
+        if self.config.baseline not in OF_GROUPS and self.config.scale != "group_std":
+            return Terms(baseline, gain)
+        alone = here.size == 1
+        return Terms(np.where(alone, 0.0, baseline), np.where(alone, float(self.config.singleton == "reward"), gain))
 
     def token_advantage(
         self, steps: Sequence[tuple[int, float]], targets: int, baseline: float | None = None, gain: float | None = None
@@ -119,22 +148,29 @@ class Credit:
         step = np.searchsorted(positions, np.arange(targets), side="left").clip(max=len(positions) - 1)
         return self._finish((values - baseline) * gain)[step]
 
-    def signals(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> dict[str, Floats]:
+    def signals(
+        self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike, *, folder: Path | None = None
+    ) -> dict[str, Floats]:
         """What objectives may read of a whole split's rewards, by signal name: `(n)` each, `reward_max ()`.
 
         `group_std` is over n, as in NFT. `group_above` counts among the rows given, the rest as fitted.
         """
-        rewards = _rewards(reward)
-        here = self.of_rows(rewards, group, lengths)
-        level, rank = np.unique(rewards, return_inverse=True)
+        rewards, ids, sizes = _rewards(reward), _integers(group), _lengths(lengths)
+        names = ("group_mean", "group_std", "group_above", "reward_above")
+        out = {name: empty(len(rewards), np.float64, folder) for name in names}
+        for rows in ranges(ids, folder):
+            here = self.of_rows(rewards[rows], ids[rows], sizes[rows])
+            level, rank = np.unique(rewards[rows], return_inverse=True)
+            out["group_mean"][rows] = here.mean
+            out["group_std"][rows] = here.std * np.sqrt((here.size - 1) / here.size)
+            out["group_above"][rows] = _group_above(rank, ids[rows])
+            out["reward_above"][rows] = self._above(level)[rank]
+        return out | {"reward_max": self.level[-1]}
+
+    def _above(self, level: Floats) -> Floats:
+        """`(k)` ascending rewards -> the fraction of fitted rows above each."""
         below = np.searchsorted(self.level, level, side="right") - 1  # the greatest fitted reward that is no greater
-        return {
-            "group_mean": here.mean,
-            "group_std": here.std * np.sqrt((here.size - 1) / here.size),
-            "group_above": _group_above(rank, _integers(group)),
-            "reward_above": np.where(below < 0, 1.0, self.above[below])[rank],
-            "reward_max": self.level[-1],
-        }
+        return np.where(below < 0, 1.0, self.above[below])
 
     def of_rows(self, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike) -> Groups:
         """`(n), (n), (n)`: the statistics of each row's group, `(n)` each."""
@@ -213,7 +249,13 @@ class Credit:
 
 
 def fit(
-    config: CreditConfig, reward: ArrayLike, group: ArrayLike, lengths: ArrayLike, sources: Sequence[Any] = ()
+    config: CreditConfig,
+    reward: ArrayLike,
+    group: ArrayLike,
+    lengths: ArrayLike,
+    sources: Sequence[Any] = (),
+    *,
+    folder: Path | None = None,
 ) -> Credit:
     """`(n), (n), (n)`: the statistics of the training rows: rewards, integer group ids, trained tokens of each.
 
@@ -221,18 +263,34 @@ def fit(
     finite; ConfigError for `steps: own` with a baseline or scale made for whole sequences.
     """
     _require_step_units(config)
-    rewards = _rewards(reward, sources)
+    rewards, ids, sizes = _rewards(reward, sources), _integers(group), _lengths(lengths)
     if len(rewards) == 0:
         raise DataError("credit: found no rows to fit on, expected at least one")
-    groups, _ = group_statistics(rewards, _integers(group), _lengths(lengths))
-    level, counts = np.unique(rewards, return_counts=True)
-    equal = len(level) == 1
-    mean = float(rewards[0] if equal else rewards.mean())
-    std = 0.0 if equal else float(rewards.std(ddof=1))
-    return Credit(config, mean, std, level, (len(rewards) - counts.cumsum()) / len(rewards), groups)
+    parts = (group_statistics(rewards[rows], ids[rows], sizes[rows])[0] for rows in ranges(ids, folder))
+    columns = stack(([getattr(part, field.name) for field in fields(Groups)] for part in parts), folder)
+    level, above = stack(_levels(rewards, folder), folder)
+    return Credit(config, *_mean_and_std(rewards, equal=len(level) == 1), level, above, Groups(*columns))
 
 
-def group_statistics(reward: Floats, group: Integers, lengths: Floats) -> tuple[Groups, Integers]:
+def _levels(rewards: Floats, folder: Path | None) -> Iterator[tuple[Floats, Floats]]:
+    """The distinct rewards, ascending, and the fraction of rows above each, in parts."""
+    seen = 0
+    for rows in ranges(rewards, folder):
+        level, counts = np.unique(rewards[rows], return_counts=True)
+        yield level, (len(rewards) - seen - counts.cumsum()) / len(rewards)
+        seen += len(rows)
+
+
+def _mean_and_std(rewards: Floats, *, equal: bool) -> tuple[float, float]:
+    """Mean and unbiased standard deviation, exact where all are equal."""
+    if equal:
+        return float(rewards[0]), 0.0
+    mean = float(rewards.mean())
+    squares = sum(float(np.square(rewards[part] - mean).sum()) for part in spans(len(rewards)))
+    return mean, float(np.sqrt(squares / (len(rewards) - 1)))
+
+
+def group_statistics(reward: Floats, group: Integers, lengths: NDArray[Any]) -> tuple[Groups, Integers]:
     """`(n), (n), (n) -> g groups, (n)`: statistics of each group, and which of them each row belongs to."""
     ids, index, size = np.unique(group, return_inverse=True, return_counts=True)
     some = np.empty(len(ids))
@@ -295,8 +353,9 @@ def _values(value: ArrayLike | None, rows: int) -> Floats:
 
 def _rewards(reward: ArrayLike, sources: Sequence[Any] = (), what: str = "reward") -> Floats:
     values = np.asarray(reward, np.float64)
-    bad = np.flatnonzero(~(np.abs(values) <= LARGEST))
-    if len(bad):
+    finite = all(bool((np.abs(values[part]) <= LARGEST).all()) for part in spans(len(values)))
+    if not finite:
+        bad = np.flatnonzero(~(np.abs(values) <= LARGEST))
         place = sources[bad[0]] if len(sources) else f"row {bad[0]} of {len(values)}"
         more = f" (and in {len(bad) - 1} more rows)" if len(bad) > 1 else ""
         raise DataError(f"{place}: {what}: found {values[bad[0]]}{more}, expected a finite number within +-{LARGEST:g}")
@@ -311,8 +370,8 @@ def _floats(values: ArrayLike) -> Floats:
     return np.asarray(values, np.float64)
 
 
-def _lengths(lengths: ArrayLike) -> Floats:
-    values = np.asarray(lengths, np.float64)
-    if not (values > 0).all():
+def _lengths(lengths: ArrayLike) -> NDArray[Any]:
+    values = np.asarray(lengths)
+    if len(values) and not values.min() > 0:
         raise DataError(f"credit: found a length of {values.min():g} tokens, expected at least 1 in every row")
     return values

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rwft.data.rows import Rows
+from rwft.durable import writing
 
 TOKENS_AT_ONCE = {"cpu": 4096}  # padded tokens of a batch: on a CPU no more than caches like,
 ACCELERATOR_TOKENS_AT_ONCE = 16_384  # and enough to fill an accelerator elsewhere
@@ -139,16 +140,17 @@ def part_path(path: Path, number: int) -> Path:
 
 def write_cached(path: Path, values: NDArray[Any]) -> None:
     """Write a flat array whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as handle:
-            np.save(handle, values, allow_pickle=False)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as handle:
+                np.save(handle, values, allow_pickle=False)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_cached(path: Path, rows: Rows) -> StoredLogp | None:

@@ -25,7 +25,7 @@ from rwft.durable import sha256, write_atomic
 from rwft.errors import DataError
 from rwft.signals import SIGNALS
 
-VERSION = "rows-2"
+VERSION = "rows-3"
 BLOCK = 256  # examples tokenised at once
 
 
@@ -56,22 +56,28 @@ class Prepared:
     held_out: Rows | None
     credit: Credit | None
     report: Report
+    _known: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False)  # by split
 
     def known(self, rows: Rows) -> dict[str, NDArray[Any]]:
         """Signals with one value a row `(n)`, or one for all `()`, of a whole split; none where rewards are missing.
 
         No advantage either where the baseline is the rows' value and one lacks it.
         """
+        if rows.fingerprint not in self._known:
+            self._known[rows.fingerprint] = self._signals(rows)
+        return dict(self._known[rows.fingerprint])
+
+    def _signals(self, rows: Rows) -> dict[str, NDArray[Any]]:
         if self.credit is None or np.isnan(rows.reward).any():
             return {}
-        given = (rows.reward, rows.group, rows.trained)
-        known = {name: np.asarray(value) for name, value in self.credit.signals(*given).items()}
+        given, folder = (rows.reward, rows.group, rows.trained), rows.folder
+        known = {name: np.asarray(value) for name, value in self.credit.signals(*given, folder=folder).items()}
         known["reward"] = rows.reward
         if lacks_value(rows, self.credit.config):
             return known
-        baseline, gain = self.credit.terms(*given, rows.value)
-        advantage = self.credit.advantage(*given, rows.value)
-        return known | {"advantage": advantage, "baseline": baseline, "gain": gain}
+        terms = self.credit.terms(*given, rows.value, folder=folder)
+        advantage = self.credit.of_terms(rows.reward, terms, folder=folder)
+        return known | {"advantage": advantage, **terms._asdict()}
 
 
 def prepare(
@@ -94,7 +100,9 @@ def prepare(
     if len(rows) == 0:
         raise DataError("data: no rows are left to train on: " + "; ".join(report.lines()))
     require(rows, reads, config.credit)
-    credit = None if np.isnan(rows.reward).any() else fit(config.credit, rows.reward, rows.group, rows.trained)
+    given, credit = (rows.reward, rows.group, rows.trained), None
+    if not np.isnan(rows.reward).any():
+        credit = fit(config.credit, *given, folder=rows.folder)
     return Prepared(rows, held_out if held_out is not None and len(held_out) else None, credit, report)
 
 
@@ -195,6 +203,7 @@ def require(rows: Rows, reads: frozenset[str], credit: CreditConfig) -> None:
     if "behavior_logp" in reads and not rows.has("behavior_logp"):
         index = int(np.flatnonzero(rows.missing("behavior_logp"))[0])
         raise DataError(
-            f"{rows.source(index)}: no log-probabilities of the behaviour policy, but the objective reads "
-            "behavior_logp; give them in the data (a list per completion), or choose an objective that reads ref_logp"
+            f"{rows.source(index)}: no log-probabilities of the behaviour policy (behavior_logp), which the objective, "
+            "train.watch or evaluate.off_policy reads; give one per completion token, or choose an objective that "
+            "does without (rwft objectives lists what each reads)"
         )

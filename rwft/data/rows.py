@@ -1,7 +1,7 @@
 """Tokenised rows on disk: an Arrow file, memory-mapped, named by the fingerprint of what made it.
 
-Token lists stay in the file; what is one number per row (reward, group, length) is held as
-an array, so that credit assignment and batching never touch the tokens.
+Token lists stay in the file; what is one number per row (reward, group, length) is a column of
+its own, so that credit assignment and batching never touch the tokens.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rwft.data.columns import empty, spans, stack
 from rwft.data.example import Example, Source
 from rwft.data.tokenize import Tokens
+from rwft.durable import writing
 
 SCHEMA = pa.schema(
     [
@@ -37,18 +39,24 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
+        ("number", pa.int64()),  # of the group
+        ("length", pa.int64()),
+        ("trained", pa.int64()),
     ]
 )
-BLOCK = 1024
+COLUMNS = ("reward", "value", "number", "length", "trained")
+BLOCK = 1024  # rows written at once, or fewer
+TOKENS = 1 << 18  # if they have as many tokens
 
 
 @dataclass(frozen=True)
 class Rows:
     """All rows of one split. `n` rows; lengths count target positions, `trained` those under the mask."""
 
-    table: pa.Table  # of the whole file; nothing of it is copied
-    where: NDArray[np.int64]  # (n), which rows of the table these are
+    reader: pa.ipc.RecordBatchFileReader  # of the whole file, of which nothing is held
+    folder: Path  # where the file is, and room for columns
     fingerprint: str
+    where: NDArray[np.int64]  # (n), which rows of the table these are
     reward: NDArray[np.float64]  # (n), NaN where the data give none
     value: NDArray[np.float64]  # (n), NaN where the data give none
     group: NDArray[np.int64]  # (n)
@@ -59,27 +67,33 @@ class Rows:
         return len(self.where)
 
     @cached_property
-    def _blocks(self) -> tuple[list[pa.RecordBatch], NDArray[np.int64]]:
-        """The blocks of the file, and the row of the table at which each starts."""
-        blocks = self.table.to_batches()
-        return blocks, np.cumsum([0, *map(len, blocks)])[:-1]
+    def _starts(self) -> NDArray[np.int64]:
+        """The row of the file at which each block starts, and behind the last, where it ends."""
+        return np.cumsum([0, *map(len, _blocks(self.reader))])
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> dict[str, list[Any]]:
         """The named rows as Python lists, by column. Costs the same however many rows there are."""
-        blocks, start = self._blocks
         wanted = self.where[np.asarray(indices, dtype=np.int64)]
-        block = np.searchsorted(start, wanted, side="right") - 1
-        rows = [blocks[b].slice(int(row - start[b]), 1) for b, row in zip(block, wanted, strict=True)]
-        return pa.Table.from_batches(rows, schema=self.table.schema).to_pydict()
+        block = np.searchsorted(self._starts, wanted, side="right") - 1
+        read = {int(b): self.reader.get_batch(int(b)) for b in block}
+        rows = [read[int(b)].slice(int(row - self._starts[b]), 1) for b, row in zip(block, wanted, strict=True)]
+        return pa.Table.from_batches(rows, schema=self.reader.schema).to_pydict()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the whole file, in whose rows `where` counts."""
+        return pa.chunked_array([block[name] for block in _blocks(self.reader)], self.reader.schema.field(name).type)
 
     def source(self, index: int) -> Source:
         """Where a row came from."""
         row = int(self.where[index])
-        return Source(self.table["file"][row].as_py(), self.table["row"][row].as_py())
+        block = int(np.searchsorted(self._starts, row, side="right")) - 1
+        read, place = self.reader.get_batch(block), row - int(self._starts[block])
+        return Source(read["file"][place].as_py(), read["row"][place].as_py())
 
     def missing(self, column: str) -> NDArray[np.bool_]:
         """`(n)`: which rows do not give this column."""
-        return np.asarray(self.table[column].is_null(), dtype=bool)[self.where]
+        null = np.concatenate([np.asarray(block[column].is_null(), dtype=bool) for block in _blocks(self.reader)])
+        return null[self.where]
 
     def has(self, column: str) -> bool:
         """Whether every row gives this column."""
@@ -87,9 +101,10 @@ class Rows:
 
     def subset(self, keep: NDArray[np.bool_], name: str) -> Rows:
         """The rows where `keep` holds, with a fingerprint of their own."""
-        arrays = {f.name: getattr(self, f.name)[keep] for f in fields(self) if f.name not in ("table", "fingerprint")}
+        whole = (self.where, self.reward, self.value, self.group, self.length, self.trained)
+        columns = stack(([c[part][keep[part]] for c in whole] for part in spans(len(self))), self.folder)
         digest = hashlib.sha256(f"{self.fingerprint}:{name}".encode()).hexdigest()
-        return Rows(table=self.table, fingerprint=digest, **arrays)
+        return Rows(self.reader, self.folder, digest, *columns)
 
 
 def record(example: Example, tokens: Tokens) -> dict[str, Any]:
@@ -115,57 +130,54 @@ def record(example: Example, tokens: Tokens) -> dict[str, Any]:
 
 def write_rows(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Write an Arrow file in blocks, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            block: list[Mapping[str, Any]] = []
-            for item in records:
-                block.append(item)
-                if len(block) == BLOCK:
-                    writer.write_batch(pa.RecordBatch.from_pylist(block, schema=SCHEMA))
-                    block = []
-            writer.write_batch(pa.RecordBatch.from_pylist(block, schema=SCHEMA))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+                for first, block in _gathered(records):
+                    writer.write_batch(_batch(block, first))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _gathered(records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
+    """Blocks of rows with the number of the first, so many that neither rows nor tokens weigh; one at least."""
+    first, tokens, block = 0, 0, []
+    for item in records:
+        block.append(item)
+        tokens += len(item["ids"])
+        if len(block) == BLOCK or tokens >= TOKENS:
+            yield first, block
+            first, tokens, block = first + len(block), 0, []
+    yield first, block
+
+
+def _batch(block: list[Mapping[str, Any]], first: int) -> pa.RecordBatch:
+    columns = {name: [item.get(name) for item in block] for name in SCHEMA.names}
+    columns["number"] = [group_number(item, first + index) for index, item in enumerate(block)]
+    columns["length"] = [len(item["mask"]) for item in block]
+    columns["trained"] = [sum(item["mask"]) for item in block]
+    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
 
 
 def open_rows(path: Path, fingerprint: str) -> Rows:
     """Memory-map an Arrow file that `write_rows` wrote."""
-    return _index(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), fingerprint)
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    numbers = ([block[name].to_numpy(zero_copy_only=False) for name in COLUMNS] for block in _blocks(reader))
+    columns = stack(numbers, path.parent)  # with NaN for what is missing
+    where = empty(len(columns[0]), np.int64, path.parent)
+    for part in spans(len(where)):
+        where[part] = np.arange(part.start, part.stop)
+    return Rows(reader, path.parent, fingerprint, where, *columns)
 
 
-def _index(table: pa.Table, fingerprint: str) -> Rows:
-    reward, value = (np.array(table[name].to_numpy(), dtype=np.float64) for name in ("reward", "value"))
-    length = np.zeros(table.num_rows, dtype=np.int64)
-    trained = np.zeros(table.num_rows, dtype=np.int64)
-    start = 0
-    for chunk in table["mask"].chunks:
-        here = slice(start, start + len(chunk))
-        length[here] = np.asarray(chunk.value_lengths())
-        ends = np.cumsum(length[here])
-        flat = np.concatenate([[0], np.cumsum(np.asarray(chunk.flatten().cast(pa.int8()), dtype=np.int64))])
-        trained[here] = flat[ends] - flat[ends - length[here]]
-        start += len(chunk)
-    where = np.arange(table.num_rows, dtype=np.int64)
-    return Rows(table, where, fingerprint, reward, value, _group_ids(table), length, trained)
+def _blocks(reader: pa.ipc.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
+    return map(reader.get_batch, range(reader.num_record_batches))
 
 
-def _group_ids(table: pa.Table) -> NDArray[np.int64]:
-    """`(n)`: a number for each group's name, the same in every split; a row without a group is alone in its own."""
-    ids = np.empty(table.num_rows, dtype=np.int64)
-    start = 0
-    for chunk in table["group"].chunks:
-        encoded = chunk.dictionary_encode()
-        names = np.array([_number(name) for name in encoded.dictionary.to_pylist()] or [0], dtype=np.int64)
-        codes = np.asarray(encoded.indices.fill_null(-1)).astype(np.int64)
-        ids[start : start + len(chunk)] = names[codes]
-        for row in np.flatnonzero(codes < 0) + start:
-            ids[row] = _number(f"row {table['file'][int(row)].as_py()}:{table['row'][int(row)].as_py()}:{row}")
-        start += len(chunk)
-    return ids
-
-
-def _number(name: str) -> int:
+def group_number(item: Mapping[str, Any], row: int) -> int:
+    """A number for a group's name, the same in every split; a row without a group is alone in its own."""
+    name = f"row {item['file']}:{item['row']}:{row}" if item["group"] is None else item["group"]
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,11 +44,12 @@ class Shared:
     prompt: Tensor  # (b), which prompt
     trained: Tensor  # (n)
     padded: bool  # whether any prompt has padding behind it
+    each: int = 0  # how many rows each prompt has, if all have as many and rows come in the order of prompts
 
     def to(self, device: torch.device) -> Shared:
         """The same on another device."""
         tensors = (self.trunk, self.length, self.branches, self.prompt, self.trained)
-        return Shared(*(tensor.to(device, non_blocking=True) for tensor in tensors), padded=self.padded)
+        return Shared(*(tensor.to(device, non_blocking=True) for tensor in tensors), padded=self.padded, each=self.each)
 
     def hidden(self, base_model: Any) -> Tensor:
         """`(n h)`: last hidden states of a Hugging Face base model at the trained targets."""
@@ -62,18 +63,23 @@ class Shared:
                 input_ids=self.branches,
                 position_ids=length + places[:c],
                 attention_mask=((places < length) | (places >= p)).long() if self.padded else None,  # (b p+c)
-                past_key_values=_continued(out.past_key_values, self.prompt),
+                past_key_values=self._continued(out.past_key_values),
                 use_cache=True,
             )
             states.append(rearrange(out.last_hidden_state, "b c h -> (b c) h"))
         return torch.cat(states)[self.trained]
 
+    def _continued(self, cache: Any) -> Any:
+        """Keys and values of each row's prompt; gradients of rows add up in their prompt's."""
+        for layer in cache.layers:
+            layer.keys, layer.values = map(self._of_rows, (layer.keys, layer.values))
+        return cache
 
-def _continued(cache: Any, prompt: Tensor) -> Any:
-    """Keys and values of each row's prompt; gradients of rows add up in their prompt's."""
-    for layer in cache.layers:
-        layer.keys, layer.values = (x.index_select(0, prompt) for x in (layer.keys, layer.values))
-    return cache
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """`(d ...) -> (b ...)`; the gradient of the regular case is a sum, that of the other a slower scatter."""
+        if self.each:
+            return repeat(x, "d ... -> (d each) ...", each=self.each)
+        return x.index_select(0, self.prompt)
 
 
 class Branch(NamedTuple):
@@ -110,8 +116,11 @@ def lay_out(prompts: Sequence[tuple[int, ...]], branches: Sequence[Branch]) -> S
         rest[index, : len(branch.ids)] = branch.ids
         root, behind = branch.prompt * p + length[branch.prompt] - 1, trunk.size + index * c
         trained.append(np.append(root, behind + np.arange(len(branch.ids)))[branch.mask])
-    arrays = (trunk, length, rest, np.array([branch.prompt for branch in branches]), np.concatenate(trained))
-    return Shared(*map(torch.from_numpy, arrays), padded=bool((length < p).any()))
+    prompt, each = np.array([branch.prompt for branch in branches]), len(branches) // len(prompts)
+    regular = np.array_equal(prompt, np.arange(len(prompts)).repeat(each))
+    arrays = (trunk, length, rest, prompt, np.concatenate(trained))
+    tensors = map(torch.from_numpy, arrays)
+    return Shared(*tensors, padded=bool((length < p).any()), each=each if regular else 0)
 
 
 @dataclass(frozen=True)

@@ -281,8 +281,9 @@ def _as_logged(example: Example, answer: Answer) -> Answer | None:
     logged, ours = example.behavior_logp, answer.trained
     if logged is None:
         raise DataError(
-            f"{example.source}: no log-probabilities of the behaviour policy, which the objective or "
-            "evaluate.off_policy reads; give one per completion token, or choose an objective that reads ref_logp"
+            f"{example.source}: no log-probabilities of the behaviour policy (behavior_logp), which the objective, "
+            "train.watch or evaluate.off_policy reads; give one per completion token, or choose an objective that "
+            "does without (rwft objectives lists what each reads)"
         )
     shorter = ours[:-1] if answer.ended else ours
     if example.completion_ids is not None and example.completion_ids not in (ours, shorter):

@@ -252,7 +252,7 @@ class WeightedLoss(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The plain NLL and the weights' statistics beside each training loss; every rank calls this."""
         if "loss" in logs:
-            read = self._meter.read(self.accelerator.reduce, self.accelerator.gather)
+            read = self._meter.read(self.accelerator.gather)
             logs |= {name: value for name, value in read.items() if name.startswith(("nll", "weight"))}
         if "loss" in logs or "train_loss" in logs:
             self._meter.reset()

@@ -1,0 +1,239 @@
+"""What a run would do and need, before it does: parameters, memory per device by part, rows, steps, tokens, work.
+
+No weights are loaded and nothing is written into the run's folder; rows are tokenised, and kept in the cache.
+Memory is an estimate: `docs/many_gpus.md` holds it against what runs took.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from rwft.config import Config, load_config
+from rwft.data.batching import Plan
+from rwft.data.prepare import Prepared, prepare
+from rwft.data.shared import sharing
+from rwft.errors import ConfigError, did_you_mean
+from rwft.footprint import Footprint, Outline, activations
+from rwft.policy import load_tokenizer
+from rwft.progress import Display
+from rwft.regularizers import build_regularizers
+from rwft.setup import make_plan, zero_weight_rows
+from rwft.temperature import fit_temperatures
+from rwft.weighting import Objective, build_objective
+
+ENGINES = ("one", "ddp", "fsdp2")
+BUCKETS = "buckets of the reduction"
+LOADING = "whole weights, while loading"
+LOOK = 256  # optimiser steps that are cut into passes to find the largest one
+FORWARD_BACKWARD, FROZEN = 3, 2  # forward passes that a step costs: weights trained, or only passed through
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of the first steps: the one with most positions, the most trained ones in any, and how many a step."""
+
+    rows: int
+    positions: int
+    trained: int
+    steps: int  # that were looked at
+    several: bool  # whether a rank takes more than one pass in a step, so that gradients wait for the next
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run comes to."""
+
+    steps: int
+    warmup: int
+    rows: int  # in a step, over all ranks
+    tokens: float  # forwarded in a mean step, over all ranks, padding left out
+    trained: float  # of those, under the mask
+    operations: float  # floating-point, of the whole run over all ranks
+
+
+def plan_command(path: str, overrides: Sequence[str], processes: int | None = None, engine: str | None = None) -> None:
+    """`rwft train CONFIG --plan`: print it on the first rank, and train nothing."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    config = load_config(path, overrides)
+    processes, engine = choose(processes, engine)
+    with Display(Console(), main=True) as display:
+        describe(config, processes, engine, display)
+
+
+def choose(processes: int | None, engine: str | None) -> tuple[int, str]:
+    """Processes and engine as asked for, else those of the launcher, else one.
+
+    Raises ConfigError for an engine that does not exist or does not fit the number of processes.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
+    if processes < 1:
+        raise ConfigError(f"--processes: found {processes}, expected a whole number >= 1")
+    if engine is None:
+        launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        engine = "one" if processes == 1 else "fsdp2" if launched else "ddp"
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine: '{engine}' is unknown; {did_you_mean(engine, ENGINES)}")
+    if (engine == "one") != (processes == 1):
+        raise ConfigError(f"--engine: found {engine} on {processes} processes; expected one on 1, ddp or fsdp2 on more")
+    return processes, engine
+
+
+def describe(config: Config, processes: int, engine: str, display: Display) -> None:
+    """Everything, in the order in which a run meets it: data, model, memory, work."""
+    objective = build_objective(config.objective)
+    tick = display.ticker("reading and tokenising rows")
+    cache = Path(config.cache).expanduser()
+    data = prepare(config.data, load_tokenizer(config.model), objective.reads, cache, tick)
+    objective = fit_temperatures(objective, data)
+    outline = Outline(config.model)
+    plan = planned(config, objective, data, outline, processes, engine)
+    steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * plan.steps_per_epoch))
+    passes, size = largest(plan, data, steps), outline.footprint()
+    held_out = 0 if data.held_out is None else len(data.held_out)
+    display.say(
+        *data.report.lines(),
+        f"{len(data.train)} rows to train on, {held_out} held out; "
+        f"{int(zero_weight_rows(objective, data).sum())} of weight zero by data alone",
+        f"rows were tokenised into {cache}; no weights were loaded, and nothing was written into {config.output}",
+        f"{size.parameters:,} parameters, {size.trained:,} of them trained ({size.trained / size.parameters:.3g})",
+    )
+    kept = activations(config.model, passes.rows, passes.positions)
+    show_memory(config, memory(config, outline, passes, kept, processes, engine), kept, passes, display)
+    show_work(work(config, data, plan, size, steps), plan, display)
+
+
+def planned(
+    config: Config, objective: Objective, data: Prepared, outline: Outline, processes: int, engine: str
+) -> Plan:
+    """The very plan of steps that the run would follow."""
+    share = sharing(config.data.share_prompts, [outline.policy.causal], spread=engine == "fsdp2")
+    penalties = tuple(build_regularizers(config.regularize))
+    return make_plan(config, objective, penalties, data, processes, beside=share is not None)
+
+
+def largest(plan: Plan, data: Prepared, steps: int) -> Passes:
+    """The pass with most positions among those of the first steps, on any rank."""
+    looked = min(steps, plan.steps_per_epoch, LOOK)
+    ranks = [[plan.micro_batches(step, rank) for rank in range(plan.world)] for step in range(looked)]
+    parts = [part for step in ranks for rank in step for part in rank if len(part)]
+    widest = max(parts, key=lambda part: len(part) * int(data.train.length[part].max()))
+    return Passes(
+        rows=len(widest),
+        positions=int(data.train.length[widest].max()),
+        trained=max(int(data.train.trained[part].sum()) for part in parts),
+        steps=looked,
+        several=any(len(rank) > 1 for step in ranks for rank in step),
+    )
+
+
+def memory(
+    config: Config, outline: Outline, passes: Passes, kept: tuple[int, int], processes: int, engine: str
+) -> dict[str, int]:
+    """Bytes on each device by part, and the `peak`: what of it is there at the same time.
+
+    Activations fall as gradients grow, so that where a step is one pass, only the greater of the two counts.
+    """
+    size = outline.footprint()
+    share = processes if engine == "fsdp2" else 1
+    parts = {
+        "weights": -(-size.weights // share),
+        "gradients": -(-size.gradients // share),
+        "optimizer moments": -(-2 * size.gradients // share),
+        "loss head": outline.head(passes.trained),
+        "activations": kept[1] if config.model.gradient_checkpointing else kept[0],
+    }
+    if engine == "ddp":
+        parts[BUCKETS] = size.gradients
+    if engine == "fsdp2":
+        parts["gathered weights and gradients"] = gathered(size)
+    if any("ref_logp_all" in penalty.reads for penalty in build_regularizers(config.regularize)):
+        parts["reference model"] = reference_bytes(config, size)
+    passing = parts["loss head"] + parts["activations"]
+    waiting = parts["gradients"] if passes.several else 0
+    always = sum(parts.values()) - passing - parts["gradients"]
+    peak = always + max(passing + waiting, parts["gradients"])
+    if engine == "fsdp2":  # each rank loads the model whole, and then gives away all but its share
+        parts[LOADING] = size.weights
+    return {**parts, "peak": max(peak, parts.get(LOADING, 0))}
+
+
+def gathered(size: Footprint) -> int:
+    """Bytes that FSDP makes whole at a time: what belongs to no block, one block and the next, and their gradients."""
+    trained = size.gradients / size.weights
+    return size.root + 2 * size.block + round(trained * (size.root + size.block))
+
+
+def reference_bytes(config: Config, size: Footprint) -> int:
+    """Bytes of a reference whose whole distribution is read: it stays beside the policy, whole on each device."""
+    if config.reference.path is None:
+        return size.weights
+    from dataclasses import replace
+
+    other = replace(config.model, path=config.reference.path, revision=config.reference.revision, config=None)
+    return Outline(other).footprint().weights
+
+
+def work(config: Config, data: Prepared, plan: Plan, size: Footprint, steps: int) -> Work:
+    """Steps, tokens and operations of the run, from the rows that are forwarded; shared prompts are not subtracted."""
+    length, trained = (column[plan.alive] for column in (data.train.length, data.train.trained))
+    epochs = steps / plan.steps_per_epoch
+    return Work(
+        steps=steps,
+        warmup=math.ceil(config.train.warmup * steps),
+        rows=plan.window_size,
+        tokens=float(length.sum()) / plan.steps_per_epoch,
+        trained=float(trained.sum()) / plan.steps_per_epoch,
+        operations=epochs * operations(size, length, trained, config.model.gradient_checkpointing),
+    )
+
+
+def operations(size: Footprint, length: NDArray[np.int64], trained: NDArray[np.int64], again: bool) -> float:
+    """Floating-point operations of one epoch: two for each weight and position, two products in causal attention.
+
+    A backward pass costs two forward ones, or one where weights are frozen; `again`: the forward pass is repeated.
+    """
+    frozen = size.trained < size.parameters / 2
+    positions, pairs = float(length.sum()), float(np.square(length.astype(np.float64)).sum())
+    body = 2 * size.products * positions * ((FROZEN if frozen else FORWARD_BACKWARD) + again)
+    attention = 2 * size.layers * size.attention * pairs * (FORWARD_BACKWARD + again)
+    v, h = size.vocabulary
+    head = 2 * v * h * float(trained.sum()) * (FORWARD_BACKWARD if size.head_trained else FROZEN)
+    return body + attention + head
+
+
+def show_memory(
+    config: Config, parts: Mapping[str, int], kept: tuple[int, int], passes: Passes, display: Display
+) -> None:
+    """The table of memory, and what checkpointing activations would change."""
+    display.table("memory per device (an estimate)", ["part", "bytes"], [(n, amount(b)) for n, b in parts.items()])
+    now, other = kept[::-1] if config.model.gradient_checkpointing else kept
+    word = "without" if config.model.gradient_checkpointing else "with"
+    display.say(
+        f"activations are those of {passes.rows} rows of {passes.positions} positions, the largest pass of the first "
+        f"{passes.steps} steps; {word} model.gradient_checkpointing {amount(other)} instead of {amount(now)}"
+    )
+
+
+def show_work(work: Work, plan: Plan, display: Display) -> None:
+    """Steps, tokens and operations."""
+    per_rank = f"{plan.batch_size} x {plan.window_size // (plan.batch_size * plan.world)} x {plan.world}"
+    display.say(
+        f"{work.steps} optimiser steps, {work.warmup} of them warm-up; {plan.steps_per_epoch} to an epoch",
+        f"{work.rows} rows a step ({per_rank} ranks), {work.tokens:.0f} tokens, {work.trained:.0f} of them trained",
+        f"{work.operations:.3g} floating-point operations in all",
+    )
+
+
+def amount(size: int) -> str:
+    """Bytes for people: `1.25 GiB`."""
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{size / unit:.2f} {name}"
