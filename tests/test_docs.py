@@ -90,12 +90,14 @@ def test_a_command_of_the_readme_exists_and_its_overrides_are_settings(words: li
 
     known = get_command(app).commands  # type: ignore[attr-defined]
     assert words[0] in known
+    options = {name for parameter in known[words[0]].params for name in parameter.opts}
     for word in words[1:]:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file()
+        assert not word.startswith("--") or word in options
     if words[0] == "train":
         overrides = [word.replace("my.py:", str(ROOT / "nowhere" / "my.py:")) for word in words[2:]]
-        resolve(example(), [word for word in overrides if "my.py" not in word])
+        resolve(example(), [word for word in overrides if "my.py" not in word and not word.startswith("--")])
 
 
 def example() -> dict[str, object]:
