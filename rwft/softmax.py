@@ -17,8 +17,12 @@ from rwft.errors import ObjectiveError, PolicyError, did_you_mean
 BLOCK_BYTES = {"cpu": 1 << 20}  # a block of rows in float32: cache-sized on a CPU,
 ACCELERATOR_BLOCK_BYTES = 64 << 20  # and enough to fill an accelerator elsewhere
 ALIGNED = 64  # rows and columns of longer parts come in multiples: odd ones cost up to half as much again in a product
-STRIP = 8192  # columns that oneDNN multiplies at once
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+ROWS, STRIP = 512, 2048  # rows and columns that oneDNN multiplies at once, so that little is held beside the result
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.mkl.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # a private operator
+)
 TOP = 20  # tokens of `topk_entropy`
 
 
@@ -113,9 +117,10 @@ def multiply_(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """
     if not ONEDNN or out.device.type != "cpu" or out.dtype != torch.float32:
         return torch.mm(x, weight.T, out=out)
-    for start in range(0, weight.shape[0], STRIP):
-        strip = weight[start : start + STRIP]
-        out[:, start : start + STRIP] = torch.ops.mkldnn._linear_pointwise(x, strip, None, "none", [], "")
+    for rows in equal_slices(0, x.shape[0], ROWS):
+        for start in range(0, weight.shape[0], STRIP):
+            columns = slice(start, start + STRIP)
+            out[rows, columns] = torch.ops.mkldnn._linear_pointwise(x[rows], weight[columns], None, "none", [], "")
     return out
 
 
