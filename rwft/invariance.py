@@ -129,6 +129,8 @@ def rehearsal(config: Config, display: Display) -> Iterator[Training]:
 def check_config_command(path: str, overrides: Sequence[str]) -> None:
     """`rwft check CONFIG`: each objective's laws, then every layout. Raises ObjectiveError if one fails."""
     config = load_config(path, overrides)
+    if config.train.head == "sampled":  # which layouts would draw differently
+        config = replace(config, train=replace(config.train, head="auto"))
     with Display(Console(), main=True) as display, rehearsal(config, display) as training:
         for factor in training.objective.factors:
             check_objective(factor.entry.function)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rwft.config import FrozenConfig, ModelConfig
 from rwft.data.shared import Shared
 from rwft.errors import PolicyError
-from rwft.head import HeadResult, Vocabulary, Weigh, distribution_signals, weighted_loss
+from rwft.head import Draws, HeadResult, Vocabulary, Weigh, distribution_signals, weighted_loss
 from rwft.regularizers import Penalty
 from rwft.sharding import whole
 
@@ -85,6 +85,7 @@ class Policy(nn.Module):
         penalty_scale: Tensor | None = None,
         reference: Any = None,
         two_pass: bool = False,
+        sampled: Draws | None = None,
         shared: Shared | None = None,
     ) -> HeadResult | dict[str, Tensor]:
         """With `weigh`: the weighted loss over masked positions (see `rwft.head.weighted_loss`).
@@ -115,6 +116,7 @@ class Policy(nn.Module):
             penalties=penalties,
             penalty_scale=penalty_scale,
             reference=frozen,
+            sampled=sampled,
         )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:

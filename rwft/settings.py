@@ -155,7 +155,7 @@ class TrainConfig:
     on_nonfinite: str = "abort"  # a step that is not finite: abort | skip (it stops at 3 in a row, 10 in all)
     seed: int = 0
     snapshot_every: int = 1  # steps between snapshots of the policy that old_logp refers to
-    head: str = "auto"  # auto | two_pass: how the vocabulary projection is differentiated
+    head: str = "auto"  # auto | two_pass | sampled: how the vocabulary projection is differentiated
     log_every: int = 10
     watch: Any = field(
         default_factory=list
@@ -182,7 +182,7 @@ class TrainConfig:
         _choice("train.normalize", self.normalize, NORMALIZERS)
         _choice("train.schedule", self.schedule, ["cosine", "linear", "constant"])
         _choice("train.on_nonfinite", self.on_nonfinite, ["abort", "skip"])
-        _choice("train.head", self.head, ["auto", "two_pass"])
+        _choice("train.head", self.head, ["auto", "two_pass", "sampled"])
         _require(isinstance(self.watch, (list, tuple)), "train.watch", self.watch, "a list such as [entropy]")
         for name in self.watch:
             _choice("train.watch", str(name), ["entropy", "ref_logp", "behavior_logp"])
@@ -271,3 +271,8 @@ class Config:
         from rwft.weighting import build_objective
 
         build_objective(self.objective)
+        if self.train.head == "sampled" and self.regularize:
+            raise ConfigError(
+                "train.head: found 'sampled', but a regularizer's gradient reads the whole vocabulary; "
+                "use auto, or leave `regularize` empty"
+            )

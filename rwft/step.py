@@ -14,7 +14,7 @@ from torch import Tensor
 from rwft.config import TrainConfig
 from rwft.data.batching import Batch
 from rwft.estimator import Counts, weight_denominator
-from rwft.head import HeadResult
+from rwft.head import Draws, HeadResult
 from rwft.metrics import Meter
 from rwft.observe import tokens_of
 from rwft.postmortem import discard
@@ -36,8 +36,16 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 def seed_micro_batch(seed: int, step: int, micro: int, rank: int) -> None:
     """Dropout of a micro-batch is a function of where it stands, so a resumed run repeats it."""
-    digest = blake2b(f"{seed}:{step}:{micro}:{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+    torch.manual_seed(_number(f"{seed}:{step}:{micro}:{rank}"))
+
+
+def draws_of(seed: int, step: int, micro: int, rank: int, device: torch.device) -> Draws:
+    """What `train.head: sampled` draws in a micro-batch; as dropout, but from numbers of its own."""
+    return Draws(torch.Generator(device).manual_seed(_number(f"{seed}:{step}:{micro}:{rank}:draws")))
+
+
+def _number(place: str) -> int:
+    return int.from_bytes(blake2b(place.encode(), digest_size=8).digest(), "little") & (2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,9 @@ class MicroResult:
     weights: Tensor  # (n)
 
 
-def micro_batch(training: Training, batch: Batch, counts: Counts, step: int, scale: float) -> MicroResult:
+def micro_batch(
+    training: Training, batch: Batch, counts: Counts, step: int, scale: float, sampled: Draws | None = None
+) -> MicroResult:
     """Forward and backward of one micro-batch; `scale` undoes the mean over ranks."""
     config = training.config
     denominator = counts.denominator(config.train.normalize, batch.mask)
@@ -116,6 +126,7 @@ def micro_batch(training: Training, batch: Batch, counts: Counts, step: int, sca
         penalty_scale=penalty_scale,
         reference=training.reference,
         two_pass=config.train.head == "two_pass",
+        sampled=sampled,
         shared=batch.shared,
     )
     training.accelerator.backward(result.loss * scale)
@@ -124,13 +135,16 @@ def micro_batch(training: Training, batch: Batch, counts: Counts, step: int, sca
 
 def gradient(training: Training, step: int) -> tuple[list[MicroResult], float]:
     """The gradient of one step over all micro-batches and ranks, left in the parameters; and what still divides it."""
-    accelerator = training.accelerator
+    accelerator, config = training.accelerator, training.config.train
     counts, batches = training.counts(step), training.micro_batches(step)
     results: list[MicroResult] = []
     for index, batch in enumerate(batches):
-        seed_micro_batch(training.config.train.seed, step, index, accelerator.process_index)
+        place = (config.seed, step, index, accelerator.process_index)
+        seed_micro_batch(*place)
+        draws = draws_of(*place, accelerator.device) if config.head == "sampled" else None
         with training.synchronise(index == len(batches) - 1):
-            results.append(micro_batch(training, batch.to(accelerator.device), counts, step, accelerator.num_processes))
+            here, ranks = batch.to(accelerator.device), accelerator.num_processes
+            results.append(micro_batch(training, here, counts, step, ranks, draws))
     return results, step_denominator(training, results)
 
 

@@ -100,7 +100,7 @@ def test_a_hyperparameter_can_be_overridden_alone() -> None:
         (with_("train", steps=3, epochs=1.0), "train: found both `steps` and `epochs`, expected one of them"),
         (with_("train", normalize="tokens"), "train.normalize: 'tokens' is unknown; did you mean 'token'?"),
         (with_("train", schedule="cosin"), "train.schedule: 'cosin' is unknown; did you mean 'cosine'?"),
-        (with_("train", head="fused"), "train.head: 'fused' is unknown; known: auto, two_pass"),
+        (with_("train", head="fused"), "train.head: 'fused' is unknown; known: auto, sampled, two_pass"),
         (
             with_("train", keep=1),
             "train.keep: found 1, expected a whole number >= 2, so that one survives a damaged newest",
