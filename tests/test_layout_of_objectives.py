@@ -119,8 +119,8 @@ def test_the_check_sees_a_normaliser_of_the_micro_batch(tmp_path: Path, monkeypa
 
     right = step.micro_batch
 
-    def mean(training: Any, batch: Any, counts: Counts, index: int, scale: float) -> Any:
-        return right(training, batch, Counts(float(batch.mask.sum()), len(batch.rows)), index, scale)
+    def mean(training: Any, batch: Any, counts: Counts, *rest: Any) -> Any:
+        return right(training, batch, Counts(float(batch.mask.sum()), len(batch.rows)), *rest)
 
     monkeypatch.setattr(step, "micro_batch", mean)
     with prepared(of_all(tmp_path, ["sft", "dft"])) as training:
