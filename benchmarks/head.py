@@ -79,11 +79,54 @@ def full_logits(case: Case) -> None:
     (-(logp.detach().exp() * logp).mean()).backward()
 
 
+def of_peer(logp: Tensor) -> None:
+    """DFT's loss from log-probabilities that autograd can go back through."""
+    (-(logp.detach().exp() * logp).mean()).backward()
+
+
 def cut_cross_entropy(case: Case) -> None:
     from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 
-    logp = -linear_cross_entropy(case.x, case.w, case.y, reduction="none", impl="torch_compile")
-    (-(logp.detach().exp() * logp).mean()).backward()
+    of_peer(-linear_cross_entropy(case.x, case.w, case.y, reduction="none", impl="torch_compile"))
+
+
+def torch_native(case: Case) -> None:
+    of_peer(-torch.nn.functional.linear_cross_entropy(case.x, case.w, case.y, reduction="none"))
+
+
+def trl_chunked(case: Case) -> None:
+    """As its SFTTrainer calls it, which always measures entropy and top-1 too."""
+    from trl.kernels import ChunkedLogProbFunction  # type: ignore[import-not-found]
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as TILE  # type: ignore[import-not-found]
+
+    of_peer(ChunkedLogProbFunction.apply(case.x, case.w, None, case.y, 1.0, TILE, None, 1.0, ("entropy", "is_top1"))[0])
+
+
+def liger(case: Case) -> None:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+
+    LigerFusedLinearCrossEntropyLoss(use_token_scaling=True)(case.w, case.x, case.y).backward()
+
+
+PEERS: dict[str, tuple[str, Callable[[Case], None]]] = {
+    "TRL": ("trl", trl_chunked),
+    "cut-cross-entropy, torch.compile": ("cut_cross_entropy", cut_cross_entropy),
+    "torch linear_cross_entropy": ("torch", torch_native),
+    "Liger, token scaling": ("liger_kernel", liger),
+}
+"""Name -> the package that it needs, and the head."""
+
+
+def absence(name: str) -> str | None:
+    """In a few words, why a peer cannot be measured here."""
+    package, _ = PEERS[name]
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    if package == "liger_kernel" and not torch.cuda.is_available():
+        return "runs on GPUs only"
+    if name.startswith("torch") and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"not in torch {torch.__version__}"
+    return None
 
 
 def heads() -> dict[str, Callable[[Case], None]]:
@@ -94,9 +137,7 @@ def heads() -> dict[str, Callable[[Case], None]]:
         "sampled gradients": lambda case: one_pass(case, sampled=Draws(torch.Generator().manual_seed(0))),
         "full logits": full_logits,
     }
-    if importlib.util.find_spec("cut_cross_entropy"):
-        found["cut-cross-entropy, torch.compile"] = cut_cross_entropy
-    return found
+    return found | {name: head for name, (_, head) in PEERS.items() if absence(name) is None}
 
 
 def best_chunk(case: Case) -> int:
@@ -156,6 +197,9 @@ def table(n: int, h: int, v: int, kind: str, repeats: int) -> Iterator[str]:
     for name, ratio in ratios.items():
         memory = measured_apart(name, ["--shape", f"{n},{h},{v},{kind}"])
         yield f"| {name} | {ratio:.2f} | {memory:.2f} |"
+    for name in PEERS:
+        if name not in ratios:
+            yield f"| {name} | {absence(name)} | |"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "figures" / "performance.png"
 BENCHMARKS = ("head", "step", "shared_prompts")
-PACKAGES = ("torch", "transformers", "accelerate", "trl")
+PACKAGES = ("torch", "transformers", "accelerate", "trl", "cut-cross-entropy")
 
 
 def machine(peers: str) -> str:
@@ -30,7 +30,7 @@ def machine(peers: str) -> str:
 
 
 def version(package: str, peers: str) -> str:
-    """The installed version, or of TRL the one in the environment of the peers."""
+    """The installed version, or of a peer the one in the environment of the peers."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def version(package: str, peers: str) -> str:
 
 def run(name: str, peers: str) -> str:
     """The Markdown that a benchmark prints."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py")]
+    command = [peers if name == "head" else sys.executable, str(ROOT / "benchmarks" / f"{name}.py")]
     command += ["--peers", peers] if name == "step" else []
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -94,7 +94,7 @@ def draw(figures: dict[str, dict[str, tuple[float, float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=BENCHMARKS, nargs="*", default=list(BENCHMARKS))
-    parser.add_argument("--peers", default=sys.executable, help="the Python of the environment that has TRL")
+    parser.add_argument("--peers", default=sys.executable, help="the Python of the environment that has the peers")
     given = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     for name in given.only:
