@@ -152,7 +152,10 @@ def load_policy(config: ModelConfig, seed: int, device: torch.device | str = "cp
         _checkpoint_activations(model)
     if config.lora is not None:
         model = _add_lora(model, config, seed)
-    return Policy(model, config.dtype).to(device)
+    policy = Policy(model, config.dtype).to(device)
+    if config.compile:
+        _compile_layers(policy)
+    return policy
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -161,6 +164,15 @@ def _checkpoint_activations(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def _compile_layers(policy: Policy) -> None:
+    """In place, so that parameters keep their names; lengths vary, so shapes are dynamic from the start."""
+    layers = [m for m in policy.causal.modules() if type(m).__name__ in (policy._no_split_modules or ())]
+    if not layers:
+        raise PolicyError(f"model.compile: {type(policy.causal).__name__} does not name its layers; leave it out")
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def load_frozen(config: FrozenConfig, dtype: str, attention: str, device: torch.device | str) -> Policy:

@@ -54,10 +54,16 @@ class ModelConfig:
     dtype: str = "float32"  # float32 | bfloat16 (trained weights stay float32, products in bfloat16) | float64
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile of every layer; worth trying on a GPU, gains nothing on a CPU
     attention: str = "auto"  # auto: the best that the model supports | sdpa | eager | flash_attention_2
 
     def __post_init__(self) -> None:
         _choice("model.dtype", self.dtype, ["float32", "bfloat16", "float64"])
+        if self.compile and self.gradient_checkpointing:
+            raise ConfigError(
+                "model.compile: found true beside model.gradient_checkpointing; expected one of them, since torch "
+                "was seen to compute other gradients with both (GPT-2, torch 2.13)"
+            )
         _choice("model.attention", self.attention, ["auto", "sdpa", "eager", "flash_attention_2"])
         if (self.path is None) == (self.config is None):
             found = "neither" if self.path is None else "both"

@@ -97,6 +97,11 @@ def test_a_hyperparameter_can_be_overridden_alone() -> None:
             with_("model", gradient_checkpointing=1),
             "run.yaml: model.gradient_checkpointing: found 1, expected true or false",
         ),
+        (
+            with_("model", gradient_checkpointing=True, compile=True),
+            "model.compile: found true beside model.gradient_checkpointing; expected one of them, since torch "
+            "was seen to compute other gradients with both (GPT-2, torch 2.13)",
+        ),
         (with_("train", steps=3, epochs=1.0), "train: found both `steps` and `epochs`, expected one of them"),
         (with_("train", normalize="tokens"), "train.normalize: 'tokens' is unknown; did you mean 'token'?"),
         (with_("train", schedule="cosin"), "train.schedule: 'cosin' is unknown; did you mean 'cosine'?"),

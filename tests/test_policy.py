@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from rwft.config import FrozenConfig, LoraConfig, ModelConfig
 from rwft.errors import PolicyError
+from rwft.head import HeadResult
 from rwft.loop import train
 from rwft.policy import Policy, load_frozen, load_policy, load_tokenizer
 from tests.tiny import MODEL, tiny
@@ -141,6 +144,32 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     train(tiny(tmp_path, "model.gradient_checkpointing=true", name="checkpointed"))
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "checkpointed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def gradients(family: str, **settings: Any) -> dict[str, Tensor]:
+    """By name, summed over batches of several shapes, without dropout."""
+    architecture = FAMILIES[family] | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    policy = load_policy(ModelConfig(config=architecture, tokenizer="characters", dtype="float64", **settings), seed=0)
+    for b, t in ((3, 9), (4, 12), (1, 7)):
+        ids = torch.arange(b * t).reshape(b, t).mul(7).remainder(33) + 5
+        found = policy(ids, torch.ones(b, t - 1), lambda head, _: head["logp"].exp())
+        assert isinstance(found, HeadResult)
+        found.loss.backward()
+    return {name: p.grad for name, p in policy.trained_parameters().items() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # inside of dynamo
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("family", ["gpt2", "phi, bias"])  # their norms stay in float64
+def test_compiled_layers_have_the_same_gradients(family: str) -> None:
+    plain = gradients(family)
+    counters.clear()
+    compiled = gradients(family, compile=True)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert plain.keys() == compiled.keys()
+    gaps = {name: float((plain[name] - compiled[name]).abs().max() / plain[name].abs().max()) for name in plain}
+    assert max(gaps.values()) < 1e-12, gaps
 
 
 @pytest.mark.parametrize(

@@ -214,12 +214,14 @@ def test_never_is_never_and_always_refuses_what_was_not_proven() -> None:
     flash.causal.config._attn_implementation = "flash_attention_2"
     unproven = load_policy(ModelConfig(config={"model_type": "gemma2", **SMALL}, tokenizer="characters"), seed=0)
     checkpointed = model("llama", gradient_checkpointing=True)
+    compiled = model("llama", compile=True)
     for refused, sentence in [
         (sliding, "slides over a window"),
         (dynamic, "scaled by the length of the batch .dynamic."),
         (flash, "attention 'flash_attention_2'"),
         (unproven, "model type 'gemma2'"),
         (checkpointed, r"model\.gradient_checkpointing"),
+        (compiled, r"model\.compile"),
     ]:
         assert sharing("auto", [refused.float().causal]) is None
         assert sharing("auto", [model("llama").float().causal, refused.causal]) is None

@@ -196,4 +196,6 @@ def refusal(model: Any) -> str | None:
         return "the model's attention slides over a window, which counts padding"
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "model.gradient_checkpointing keeps no keys and values"
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return "it was not proven for model.compile"
     return None
