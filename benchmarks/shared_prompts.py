@@ -56,7 +56,7 @@ def line(policy: Policy, shape: tuple[int, int, int], repeats: int) -> str:
 
     def run(layout: object) -> None:
         weigh = lambda signals, _: signals["logp"].exp() / (group * completion)
-        policy(ids, mask, weigh, shared=layout).loss.backward()
+        policy(ids, mask, weigh, layout=layout).loss.backward()
         policy.zero_grad(set_to_none=True)
 
     times: dict[str, list[float]] = {"apart": [], "shared": []}

@@ -26,6 +26,7 @@ from rwft.data.logprobs import (
     starts,
     write_cached,
 )
+from rwft.data.packing import tried_packing
 from rwft.data.rows import Rows
 from rwft.data.shared import sharing
 from rwft.errors import ConfigError
@@ -106,11 +107,12 @@ class FrozenModels:
             tick(len(indices) // world)
             return found
         share = sharing(self.config.data.share_prompts, [model.causal])
-        plain = Collate(rows, frozenset(), pad=0, dtype=model.float_dtype, share=share)
-        group = None if share is None else rows.group
-        batches = length_batches(rows.length, indices, group)[rank::world]
+        pack = tried_packing(self.config.data.pack, [model])
+        plain = Collate(rows, frozenset(), pad=0, dtype=model.float_dtype, share=share, pack=pack)
+        group, packed, device = None if share is None else rows.group, plain.packed, self.accelerator.device
+        batches = length_batches(rows.length, indices, group, packed=packed)[rank::world]
         mine = np.concatenate([*batches, np.empty(0, dtype=np.int64)])
-        here = row_logp(model, plain, rows.length, mine, device=self.accelerator.device, tick=tick, group=group)
+        here = row_logp(model, plain, rows.length, mine, device=device, tick=tick, group=group, packed=packed)
         merged = {index: values for part in gather_object([here]) for index, values in part.items()}
         flat = np.concatenate([merged[int(index)] for index in indices])
         if self.accelerator.is_main_process:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from rwft.config import Config, load_config
 from rwft.data.batching import Plan
+from rwft.data.packing import packing
 from rwft.data.prepare import Prepared, prepare
 from rwft.data.shared import sharing
 from rwft.errors import ConfigError, did_you_mean
@@ -97,7 +98,7 @@ def describe(config: Config, processes: int, engine: str, display: Display) -> N
     outline = Outline(config.model)
     plan = planned(config, objective, data, outline, processes, engine)
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * plan.steps_per_epoch))
-    passes, size = largest(plan, data, steps), outline.footprint()
+    passes, size = largest(plan, data, steps, packed=packs(config, outline)), outline.footprint()
     held_out = 0 if data.held_out is None else len(data.held_out)
     display.say(
         *data.report.lines(),
@@ -117,18 +118,28 @@ def planned(
     """The very plan of steps that the run would follow."""
     share = sharing(config.data.share_prompts, [outline.policy.causal], spread=engine == "fsdp2")
     penalties = tuple(build_regularizers(config.regularize))
-    return make_plan(config, objective, penalties, data, processes, beside=share is not None)
+    packed = packs(config, outline) and share is None
+    return make_plan(config, objective, penalties, data, processes, beside=share is not None, packed=packed)
 
 
-def largest(plan: Plan, data: Prepared, steps: int) -> Passes:
-    """The pass with most positions among those of the first steps, on any rank."""
+def packs(config: Config, outline: Outline) -> bool:
+    """Whether the run would pack rows. Raises PolicyError where it would be refused."""
+    kernel = None if config.model.attention == "auto" else config.model.attention  # outlines know no flash attention
+    return packing(config.data.pack, [outline.policy.causal], kernel)
+
+
+def largest(plan: Plan, data: Prepared, steps: int, *, packed: bool = False) -> Passes:
+    """The pass with most positions among those of the first steps, on any rank; `packed` rows are one."""
     looked = min(steps, plan.steps_per_epoch, LOOK)
     ranks = [[plan.micro_batches(step, rank) for rank in range(plan.world)] for step in range(looked)]
     parts = [part for step in ranks for rank in step for part in rank if len(part)]
-    widest = max(parts, key=lambda part: len(part) * int(data.train.length[part].max()))
+    shapes = [(len(part), int(data.train.length[part].max())) for part in parts]
+    if packed:
+        shapes = [(1, int(data.train.length[part].sum())) for part in parts]
+    rows, positions = max(shapes, key=math.prod)
     return Passes(
-        rows=len(widest),
-        positions=int(data.train.length[widest].max()),
+        rows=rows,
+        positions=positions,
         trained=max(int(data.train.trained[part].sum()) for part in parts),
         steps=looked,
         several=any(len(rank) > 1 for step in ranks for rank in step),

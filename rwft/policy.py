@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rwft.config import FrozenConfig, ModelConfig
-from rwft.data.shared import Shared
+from rwft.data.packing import Layout
 from rwft.errors import PolicyError
 from rwft.head import Draws, HeadResult, Vocabulary, Weigh, distribution_signals, weighted_loss
 from rwft.regularizers import Penalty
@@ -61,15 +61,15 @@ class Policy(nn.Module):
         head = self.causal.get_output_embeddings()
         return Vocabulary(head.weight, getattr(head, "bias", None), self._scale, self._softcap)
 
-    def hidden(self, ids: Tensor, mask: Tensor, shared: Shared | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, mask: Tensor, layout: Layout | None = None) -> Tensor:
         """`(b t+1), (b t) -> (n h)`: last hidden states at the masked positions; rows are padded on the right.
 
         Right padding under a causal mask is invisible to real tokens, so no attention mask is
-        passed: kernels keep their fast causal path. `shared` holds the same rows behind one copy
-        of each prompt, and gives the same states.
+        passed: kernels keep their fast causal path. `layout` holds the same rows in another way
+        (behind one copy of each prompt, or packed into one sequence), and gives the same states.
         """
-        if shared is not None:
-            return shared.hidden(self.causal.base_model)
+        if layout is not None:
+            return layout.hidden(self.causal.base_model)
         states = self.causal.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         return rearrange(states, "b t h -> (b t) h")[_flat(mask)]
 
@@ -86,7 +86,7 @@ class Policy(nn.Module):
         reference: Any = None,
         two_pass: bool = False,
         sampled: Draws | None = None,
-        shared: Shared | None = None,
+        layout: Layout | None = None,
     ) -> HeadResult | dict[str, Tensor]:
         """With `weigh`: the weighted loss over masked positions (see `rwft.head.weighted_loss`).
 
@@ -96,14 +96,14 @@ class Policy(nn.Module):
         targets = rearrange(ids[:, 1:], "b t -> (b t)")[_flat(mask)]
         if weigh is None:
             with torch.no_grad(), cast:
-                hidden = self.hidden(ids, mask, shared)
+                hidden = self.hidden(ids, mask, layout)
             return distribution_signals(hidden, self.vocabulary(), targets, ("logp", *signals))
         with cast:
-            hidden = self.hidden(ids, mask, shared)
+            hidden = self.hidden(ids, mask, layout)
             frozen = None
             if reference is not None:
                 with torch.no_grad():
-                    frozen = (reference.hidden(ids, mask, shared), reference.vocabulary())
+                    frozen = (reference.hidden(ids, mask, layout), reference.vocabulary())
         if two_pass:
             segments = [len(targets)]
         return weighted_loss(

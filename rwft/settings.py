@@ -129,6 +129,7 @@ class DataConfig:
     limit: int | None = None  # use the first N rows of each source
     order: str = "rows"  # what is shuffled: rows | groups (all completions of a prompt come in one step)
     share_prompts: str = "auto"  # one copy of a prompt for its completions: auto (where cheaper) | always | never
+    pack: str = "auto"  # rows of a pass in one sequence, no padding: auto (under flash attention) | always | never
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.task is None):
@@ -138,6 +139,7 @@ class DataConfig:
         _choice("data.eos", self.eos, ["auto", "never"])
         _choice("data.order", self.order, ["rows", "groups"])
         _choice("data.share_prompts", self.share_prompts, ["auto", "always", "never"])
+        _choice("data.pack", self.pack, ["auto", "always", "never"])
         _require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a number in [0, 1)")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "a whole number >= 2")
         _require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "a whole number >= 1")

@@ -16,6 +16,7 @@ from rwft.checkpoint import CheckpointStore
 from rwft.config import Config, as_dict
 from rwft.data.batching import Collate, Plan, Stored, pass_tokens
 from rwft.data.columns import spans
+from rwft.data.packing import tried_packing
 from rwft.data.prepare import Prepared, prepare
 from rwft.data.rows import Rows
 from rwft.data.shared import Sharing, sharing
@@ -94,7 +95,9 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     reference = frozen.live_reference() if any("ref_logp_all" in penalty.reads for penalty in penalties) else None
     models, spread_out = [m.causal for m in (policy, reference) if m is not None], is_spread(accelerator)
     share = sharing(config.data.share_prompts, models, spread=spread_out)
-    plan = make_plan(config, objective, penalties, data, accelerator.num_processes, beside=share is not None)
+    pack = tried_packing(config.data.pack, [m for m in (policy, reference) if m is not None])
+    beside, packed = share is not None, pack and share is None
+    plan = make_plan(config, objective, penalties, data, accelerator.num_processes, beside=beside, packed=packed)
     steps = config.train.steps or max(1, round((config.train.epochs or 1.0) * plan.steps_per_epoch))
     parameters = list(policy.trained_parameters().values())
     optimizer = torch.optim.AdamW(
@@ -115,7 +118,7 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
         reference=reference,
         data=data,
         plan=plan,
-        collate=make_collate(data, data.train, reads, tokenizer, policy, stored, known, share),
+        collate=make_collate(data, data.train, reads, tokenizer, policy, stored, known, share, pack),
         collate_held_out=None
         if data.held_out is None
         else make_collate(data, data.held_out, frozenset(), tokenizer, policy),
@@ -174,20 +177,29 @@ def make_collate(
     stored: Mapping[str, Stored] | None = None,
     known: Mapping[str, NDArray[Any]] | None = None,
     share: Sharing | None = None,
+    pack: bool = False,
 ) -> Collate:
     """How rows of one split become batches: with what the data know, and what else is `known` or `stored`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     known = {**data.known(rows), **(known or {})}
-    dtype, credit = policy.float_dtype, data.credit
-    return Collate(rows, reads, pad=pad, dtype=dtype, credit=credit, known=known, stored=stored, share=share)
+    more: dict[str, Any] = {"known": known, "stored": stored, "share": share, "pack": pack}
+    return Collate(rows, reads, pad=pad, dtype=policy.float_dtype, credit=data.credit, **more)
 
 
 def make_plan(
-    config: Config, objective: Objective, penalties: tuple[Penalty, ...], data: Prepared, world: int, *, beside: bool
+    config: Config,
+    objective: Objective,
+    penalties: tuple[Penalty, ...],
+    data: Prepared,
+    world: int,
+    *,
+    beside: bool,
+    packed: bool = False,
 ) -> Plan:
     """The order of rows, with those left out of the forward pass whose weight is zero by data alone.
 
-    With `beside`, rows of a step that may share a prompt stand beside each other.
+    With `beside`, rows of a step that may share a prompt stand beside each other; `packed` rows
+    have no padding to save.
     """
     alive, coupled = None, "group" in objective.reads
     if not penalties and not coupled:
@@ -209,7 +221,7 @@ def make_plan(
         group=data.train.group if coupled or config.data.order == "groups" else None,
         prompt=data.train.group if beside else None,
         alive=alive,
-        pass_tokens=pass_tokens(),
+        pass_tokens=pass_tokens(packed=packed),
         folder=data.train.folder,
     )
 

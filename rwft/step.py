@@ -127,7 +127,7 @@ def micro_batch(
         reference=training.reference,
         two_pass=config.train.head == "two_pass",
         sampled=sampled,
-        shared=batch.shared,
+        layout=batch.layout,
     )
     training.accelerator.backward(result.loss * scale)
     return MicroResult(batch, result, result.coefficients * weigh.flat_denominator())

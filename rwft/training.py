@@ -110,8 +110,9 @@ class Training:
         ahead = range(step, min(step + every, self.steps))
         mine = np.concatenate([part for s in ahead for part in self.plan.micro_batches(s, rank)])
         indices, rows, plain = np.unique(mine).astype(np.int64), self.data.train, self.collate.plain()
-        group, device = None if plain.share is None else rows.group, self.accelerator.device
-        logp = row_logp(self.policy, plain, rows.length, indices, device=device, tick=lambda _: None, group=group)
+        group, packed = None if plain.share is None else rows.group, plain.packed
+        device, tick = self.accelerator.device, lambda _: None
+        logp = row_logp(self.policy, plain, rows.length, indices, device=device, tick=tick, group=group, packed=packed)
         self.old_logp.clear()
         self.old_logp.update(logp)
 

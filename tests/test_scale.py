@@ -145,7 +145,7 @@ def test_rows_reach_the_model_in_batches_of_the_devices_size(monkeypatch: pytest
 
         def train(self, mode: bool) -> None: ...
 
-        def __call__(self, ids: Any, mask: Any, shared: Any) -> dict[str, torch.Tensor]:
+        def __call__(self, ids: Any, mask: Any, layout: Any) -> dict[str, torch.Tensor]:
             sizes.append(ids.shape[0] * mask.shape[1])
             return {"logp": ids[:, 1:][mask > 0].double()}
 

@@ -85,7 +85,7 @@ def loss_gradients(
     ids, mask = padded(*(given or rows()))
     coefficients = torch.linspace(-1, 2, int(mask.sum()), dtype=torch.float64)
     policy.zero_grad()
-    result: Any = policy(ids, mask, lambda signals, where: coefficients[where], shared=shared)
+    result: Any = policy(ids, mask, lambda signals, where: coefficients[where], layout=shared)
     result.loss.backward()
     return result.logp, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 

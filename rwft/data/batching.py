@@ -20,8 +20,9 @@ from torch import Tensor
 
 from rwft.data.columns import empty, ranges, spans, stack
 from rwft.data.credit import Credit
+from rwft.data.packing import Layout, end_to_end
 from rwft.data.rows import Rows
-from rwft.data.shared import Shared, Sharing
+from rwft.data.shared import Sharing
 from rwft.errors import ConfigError, DataError
 
 Stored = Callable[[NDArray[np.int64], Tensor], Tensor]
@@ -33,20 +34,21 @@ class Batch:
 
     `ids (b t+1)` int64, `mask (b t)` 1 where the target is trained, `rows (b)` indices into the
     data set, `signals` what the data and its credit provide, by name (see `rwft.signals`).
-    `shared` holds the same rows behind one copy of each prompt, where that costs less.
+    `layout` holds the same rows as they go through the layers: behind one copy of each prompt
+    where that costs less, or packed; None: as in `ids`.
     """
 
     ids: Tensor
     mask: Tensor
     rows: Tensor
     signals: Mapping[str, Tensor]
-    shared: Shared | None = None
+    layout: Layout | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self.signals.items()}
-        shared = None if self.shared is None else self.shared.to(device)
-        return Batch(self.ids.to(device), self.mask.to(device), self.rows, moved, shared)
+        layout = None if self.layout is None else self.layout.to(device)
+        return Batch(self.ids.to(device), self.mask.to(device), self.rows, moved, layout)
 
     @property
     def sequence_lengths(self) -> list[int]:
@@ -63,8 +65,13 @@ def permutation(items: int, seed: int, epoch: int, folder: Path | None = None) -
     return order
 
 
-def pass_tokens() -> float:
-    """What a pass costs beyond its own tokens, in tokens: kernel launches on an accelerator, sums on a CPU."""
+def pass_tokens(*, packed: bool = False) -> float:
+    """What a pass costs beyond its own tokens, in tokens: kernel launches on an accelerator, sums on a CPU.
+
+    Packed rows have no padding that a further pass could save, whatever it costs.
+    """
+    if packed:
+        return math.inf
     return 4096 if torch.cuda.is_available() or torch.backends.mps.is_available() else 128
 
 
@@ -220,7 +227,7 @@ class Collate:
     """Row indices -> `Batch`, with the signals that are read and no others.
 
     `known` holds signals with one value a row `(n)`, or one for all `()`; `stored` functions that
-    give `(b t)` for rows and their mask.
+    give `(b t)` for rows and their mask. With `pack`, rows that do not `share` prompts are packed.
     """
 
     def __init__(
@@ -234,18 +241,25 @@ class Collate:
         known: Mapping[str, NDArray[Any]] | None = None,
         stored: Mapping[str, Stored] | None = None,
         share: Sharing | None = None,
+        pack: bool = False,
     ) -> None:
-        self.rows, self.reads, self.pad, self.dtype, self.share = rows, reads, pad, dtype, share
+        self.rows, self.reads, self.pad, self.dtype = rows, reads, pad, dtype
+        self.share, self.pack = share, pack
         self.credit, self.known, self.stored = credit, known or {}, {} if stored is None else stored
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are packed in every batch."""
+        return self.pack and self.share is None
 
     def plain(self) -> Collate:
         """Ids and mask only, of the same rows."""
-        return Collate(self.rows, frozenset(), pad=self.pad, dtype=self.dtype, share=self.share)
+        return Collate(self.rows, frozenset(), pad=self.pad, dtype=self.dtype, share=self.share, pack=self.pack)
 
     def __call__(self, indices: NDArray[np.int64]) -> Batch:
         if len(indices) == 0:  # a rank without rows still takes part in the collectives: nothing of this row is trained
             empty = self.plain()(np.zeros(1, dtype=np.int64))
-            return replace(empty, mask=torch.zeros_like(empty.mask), signals={}, shared=None)
+            return replace(empty, mask=torch.zeros_like(empty.mask), signals={}, layout=None)
         columns = self.rows.take(indices)
         ids = _pad(columns["ids"], self.pad, torch.int64)
         mask = _pad(columns["mask"], 0, self.dtype)
@@ -254,8 +268,12 @@ class Collate:
             value = self._signal(name, indices, columns, mask)
             if value is not None:
                 signals[name] = value
-        shared = None if self.share is None else self.share(columns["ids"], columns["mask"])
-        return Batch(ids, mask, torch.as_tensor(indices), signals, shared)
+        layout = self._layout(columns["ids"], columns["mask"])
+        return Batch(ids, mask, torch.as_tensor(indices), signals, layout)
+
+    def _layout(self, ids: Sequence[Sequence[int]], mask: Sequence[Sequence[float]]) -> Layout | None:
+        shared = None if self.share is None else self.share(ids, mask)
+        return end_to_end(ids, mask) if shared is None and self.pack else shared
 
     def _signal(self, name: str, indices: NDArray[np.int64], columns: Mapping[str, Any], mask: Tensor) -> Tensor | None:
         if name == "group":

@@ -48,16 +48,22 @@ def length_batches(
     indices: NDArray[np.int64],
     group: NDArray[np.int64] | None = None,
     most: int = TOKENS_AT_ONCE["cpu"],
+    *,
+    packed: bool = False,
 ) -> list[NDArray[np.int64]]:
-    """Rows of similar length together, at most `most` padded tokens a batch; with `group`, rows of one together."""
+    """Rows of similar length together, at most `most` padded tokens a batch; with `group`, rows of one together.
+
+    Rows that are `packed` count without padding.
+    """
     batches: list[NDArray[np.int64]] = []
     current: list[int] = []
-    width = 0
+    width = tokens = 0
     for index in by_length(length, indices, group):
-        width = max(width, int(length[index]))
-        if current and (len(current) + 1) * width > most:
+        here = int(length[index])
+        width, tokens = max(width, here), tokens + here
+        if current and (tokens if packed else (len(current) + 1) * width) > most:
             batches.append(np.asarray(current))
-            current, width = [], int(length[index])
+            current, width, tokens = [], here, here
         current.append(int(index))
     return [*batches, np.asarray(current)] if current else batches
 
@@ -83,18 +89,20 @@ def row_logp(
     device: torch.device,
     tick: Callable[[int], None],
     group: NDArray[np.int64] | None = None,
+    packed: bool = False,
 ) -> dict[int, NDArray[Any]]:
     """Log-probabilities of the trained tokens of each row under `policy`, dropout off. `tick(k)` after every k rows.
 
-    With `group`, rows of one are batched together, where `collate` may share their prompt.
+    With `group`, rows of one are batched together, where `collate` may share their prompt; `packed`
+    tells that it packs them.
     """
     was_training = policy.training
     policy.eval()
     out: dict[int, NDArray[Any]] = {}
     most = TOKENS_AT_ONCE.get(device.type, ACCELERATOR_TOKENS_AT_ONCE)
-    for part in length_batches(length, indices, group, most):
+    for part in length_batches(length, indices, group, most, packed=packed):
         batch = collate(part).to(device)
-        logp = policy(batch.ids, batch.mask, shared=batch.shared)["logp"].cpu().numpy()
+        logp = policy(batch.ids, batch.mask, layout=batch.layout)["logp"].cpu().numpy()
         ends = np.cumsum(batch.sequence_lengths)
         for index, piece in zip(part, np.split(logp, ends[:-1]), strict=True):
             out[int(index)] = piece

@@ -189,13 +189,20 @@ def refusal(model: Any) -> str | None:
         return f"it was not proven for model type '{config.model_type}'"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"it was not proven for attention '{config._attn_implementation}', but for sdpa and eager"
-    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        return f"the model's positions are scaled by the length of the batch ({rope['rope_type']})"
+    if (scaled := scaled_places(config)) is not None:
+        return scaled
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return "the model's attention slides over a window, which counts padding"
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "model.gradient_checkpointing keeps no keys and values"
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return "it was not proven for model.compile"
+    return None
+
+
+def scaled_places(config: Any) -> str | None:
+    """That a row's positions depend on the other rows of its batch, or None."""
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        return f"the model's positions are scaled by the length of the batch ({rope['rope_type']})"
     return None
