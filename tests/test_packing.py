@@ -25,9 +25,11 @@ from rwft.data.packing import MASKED, VARIABLE, Packed, end_to_end, packing, tri
 from rwft.data.shared import FAMILIES, Shared, Sharing
 from rwft.errors import ConfigError, PolicyError
 from rwft.footprint import Outline
+from rwft.invariance import rehearsal
 from rwft.loop import train
 from rwft.plan import largest, packs, planned
 from rwft.policy import Policy, load_policy
+from rwft.progress import Display
 from rwft.weighting import build_objective
 from tests.test_distributed import SCRIPT, largest_difference, torchrun
 from tests.test_shared_prompts import SMALL, keep_float64, model
@@ -430,10 +432,29 @@ def test_prompts_are_shared_in_the_same_run_that_packs(
     assert largest_difference(tmp_path / "never", tmp_path / "always") < 1e-9
 
 
-def test_cached_log_probabilities_are_the_same_packed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("regularize", "models"), [("[]", 1), ("[{name: forward_kl, coef: 0.3}]", 2)])
+def test_every_model_passes_packed_rows_once_a_step(
+    regularize: str, models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[str]
+) -> None:
+    monkeypatch.setattr("rwft.data.batching.pass_tokens", lambda packed=False: np.inf if packed else 0.0)
+    monkeypatch.setattr("rwft.setup.pass_tokens", batching.pass_tokens)
+    train(tiny(tmp_path, "data.pack=always", "train.steps=2", f"regularize={regularize}"))
+    assert passed == ["Packed"] * (2 + 2) * models  # two steps, and two when a model is tried
+
+
+def test_cached_log_probabilities_are_the_same_packed_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[str]
+) -> None:
     keep_float64(monkeypatch)
+    cut: list[bool] = []
+    for name in ("frozen", "data.logprobs"):
+        note = lambda *given, packed=False: (cut.append(packed), length_batches(*given, packed=packed))[1]
+        monkeypatch.setattr(f"rwft.{name}.length_batches", note)
     for mode in ("never", "always"):
-        train(tiny(tmp_path, f"data.pack={mode}", f"cache={tmp_path}/{mode}", objective="iw_sft", name=f"run-{mode}"))
+        config = tiny(tmp_path, f"data.pack={mode}", f"cache={tmp_path}/{mode}", name=f"run-{mode}", objective="iw_sft")
+        with rehearsal(config, Display(None, main=False)):  # no step is taken
+            assert len(passed) == (0 if mode == "never" else 2 + 2 + 1)  # the reference and the policy are tried
+        assert cut[-2:] == [mode == "always"] * 2
     files = [sorted((tmp_path / mode / "logprobs").glob("*.npy")) for mode in ("never", "always")]
     assert [file.name for file in files[0]] == [file.name for file in files[1]]
     assert len(files[0]) == 1
