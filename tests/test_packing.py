@@ -31,7 +31,7 @@ from rwft.plan import largest, packs, planned
 from rwft.policy import Policy, load_policy
 from rwft.progress import Display
 from rwft.weighting import build_objective
-from tests.test_distributed import SCRIPT, largest_difference, torchrun
+from tests.test_distributed import SCRIPT, SHARDED, largest_difference, torchrun
 from tests.test_shared_prompts import SMALL, keep_float64, model
 from tests.tiny import tiny
 
@@ -483,13 +483,15 @@ import torch
 to = torch.Tensor.to
 torch.Tensor.to = lambda x, *a, **k: x if a == (torch.float32,) and x.dtype == torch.float64 else to(x, *a, **k)
 {SCRIPT}"""
-    for name, mode, accumulate in (("alone", "never", 4), ("ranks", "always", 2)):
+    for name, mode, accumulate in (("alone", "never", 4), ("ranks", "always", 2), ("spread", "always", 2)):
         more = ("train.batch_size=5", f"train.accumulate={accumulate}", "train.steps=3", f"data.pack={mode}")
         config = tiny(tmp_path, *more, objective="iw_sft", name=name)
         (tmp_path / f"{name}.yaml").write_text(to_yaml(config))
     torchrun(1, tmp_path, ["alone"], root, ranks)
     torchrun(2, tmp_path, ["ranks"], root, ranks)
+    torchrun(2, tmp_path, ["spread"], root, SHARDED + ranks)
     assert largest_difference(tmp_path / "alone", tmp_path / "ranks") < 1e-9
+    assert largest_difference(tmp_path / "alone", tmp_path / "spread") < 1e-9
 
 
 def test_the_plan_counts_packed_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
