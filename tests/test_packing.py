@@ -21,8 +21,8 @@ from rwft.config import LoraConfig, ModelConfig, to_yaml
 from rwft.data import batching
 from rwft.data.batching import Collate, Plan, pass_tokens
 from rwft.data.logprobs import length_batches
-from rwft.data.packing import MASKED, VARIABLE, Packed, end_to_end, packing, tried_packing
-from rwft.data.shared import FAMILIES, Shared, Sharing
+from rwft.data.packing import MASKED, MODELS, VARIABLE, Packed, end_to_end, packing, tried_packing
+from rwft.data.shared import Shared, Sharing
 from rwft.errors import ConfigError, PolicyError
 from rwft.footprint import Outline
 from rwft.invariance import rehearsal
@@ -37,7 +37,11 @@ from tests.tiny import tiny
 
 KERNELS = [*MASKED, "flash_attention_2", "flash_attention_3"]
 WINDOW = {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 1, "no_rope_layers": [0, 1]}
-SLIDING = ["mistral", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"]
+BY_LAYER = {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"], "head_dim": 8}
+SLIDING = {
+    **dict.fromkeys(["mistral", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"], WINDOW),
+    **dict.fromkeys(["cohere2", "exaone4", "gemma3_text", "olmo3"], BY_LAYER),
+}
 
 
 class Call(NamedTuple):
@@ -149,7 +153,7 @@ def assert_close(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dic
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(MODELS))
 def test_gradients_are_those_of_separate_rows(
     family: str, kernel: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +174,7 @@ def test_a_window_slides_within_a_row(
     family: str, kernel: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_float64(monkeypatch)
-    config = {"model_type": family, **SMALL, **WINDOW}
+    config = {"model_type": family, **SMALL, **SLIDING[family]}
     policy = load_policy(ModelConfig(config=config, tokenizer="characters", dtype="float64"), seed=1).eval()
     expected = separate_gradients(under(policy, "eager"), *rows())
     policy.causal.config.sliding_window = 2
@@ -190,7 +194,7 @@ def test_single_rows_equal_rows_and_few(which: list[int], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(MODELS))
 def test_no_row_reaches_into_another(family: str, kernel: str, calls: list[Call]) -> None:
     """The states of a row do not move with another row's tokens, in any bit, and have no gradient there."""
     ids, mask = rows()
@@ -215,7 +219,7 @@ def test_no_row_reaches_into_another(family: str, kernel: str, calls: list[Call]
     assert not torch.isclose(states, again)[inside].all(dim=-1).any()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(MODELS))
 def test_a_rows_gradient_does_not_move_with_another_row(family: str) -> None:
     policy = model(family).eval()
     found = []
@@ -306,6 +310,9 @@ def test_auto_packs_under_kernels_of_variable_length_alone() -> None:
 def test_always_refuses_what_was_not_proven() -> None:
     dynamic, flexible = model("llama"), under(model("llama"), "flex_attention")
     dynamic.causal.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    by_layer = load_policy(ModelConfig(config={"model_type": "olmo3", **SMALL, **BY_LAYER}, tokenizer="characters"), 0)
+    full, sliding = {"rope_type": "longrope"}, {"rope_type": "default"}
+    by_layer.causal.config.rope_parameters = {"full_attention": full, "sliding_attention": sliding}
     recurrent = {"model_type": "mamba", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     unproven = [
         load_policy(ModelConfig(config=config, tokenizer="characters"), seed=0)
@@ -313,6 +320,7 @@ def test_always_refuses_what_was_not_proven() -> None:
     ]
     for refused, sentence in [
         (dynamic, "scaled by the length of the batch .dynamic."),
+        (by_layer, "scaled by the length of the batch .longrope."),
         (flexible, "attention 'flex_attention', but for sdpa, eager, flash_attention_2, flash_attention_3"),
         (unproven[0], "model type 'gemma2'"),
         (unproven[1], "model type 'mamba'"),
@@ -346,6 +354,19 @@ def test_each_model_is_tried_before_its_rows_are_packed(
         tried_packing("always", [under(policy, "sdpa")])
     with pytest.raises(PolicyError, match=sentence):
         tried_packing("always", [model("llama"), under(policy, "eager")])
+
+
+@pytest.mark.parametrize("family", ["bloom", "opt"])
+def test_a_model_that_does_not_look_at_the_places_would_be_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_float64(monkeypatch)
+    policy = under(model(family).eval(), "eager")
+    with pytest.raises(PolicyError, match=f"model type '{family}'"):
+        tried_packing("always", [policy])
+    leaking, right = packed_gradients(policy, *rows()), separate_gradients(policy, *rows())
+    assert float((leaking[0] - right[0]).abs().max()) > 0.1
+    monkeypatch.setattr("rwft.data.packing.MODELS", MODELS | {family})
+    with pytest.raises(PolicyError, match="rows see each other"):
+        tried_packing("always", [policy])
 
 
 def test_batches_are_counted_without_padding() -> None:

@@ -203,6 +203,7 @@ def refusal(model: Any) -> str | None:
 def scaled_places(config: Any) -> str | None:
     """That a row's positions depend on the other rows of its batch, or None."""
     rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        return f"the model's positions are scaled by the length of the batch ({rope['rope_type']})"
+    for settings in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):  # one a kind of layer
+        if settings.get("rope_type") in ("dynamic", "longrope"):
+            return f"the model's positions are scaled by the length of the batch ({settings['rope_type']})"
     return None
