@@ -20,7 +20,7 @@ quick: $(STAMP)  ## the tests that take no more than a few seconds each
 soak: $(STAMP)  ## runs that are killed, stopped, damaged and starved at random moments
 	$(BIN)/python benchmarks/soak.py
 
-bench: $(STAMP)  ## head, step and shared prompts, into docs/performance.md; PEERS=<python that has TRL> compares with it
+bench: $(STAMP)  ## head, step, packing and shared prompts, into docs/performance.md; PEERS=<python that has TRL> compares with it
 	$(BIN)/python benchmarks/report.py $(if $(PEERS),--peers $(PEERS))
 
 evidence: $(STAMP)  ## objectives where the truth is known, into docs/evidence.md; MODEL=<folder of a small language model>

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "figures" / "performance.png"
-BENCHMARKS = ("head", "step", "shared_prompts")
+BENCHMARKS = ("head", "step", "packing", "shared_prompts")
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "cut-cross-entropy")
 
 
