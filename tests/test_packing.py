@@ -446,13 +446,12 @@ def test_auto_trains_packed_under_flash_attention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: list[str], calls: list[Call]
 ) -> None:
     keep_float64(monkeypatch)
-    config = tiny(tmp_path, f"cache={tmp_path}/padded", objective="iw_sft", name="padded")
-    train(config)
+    train(tiny(tmp_path, f"cache={tmp_path}/padded", objective="iw_sft", name="padded"))
     assert not passed
     assert not calls
     monkeypatch.setattr("rwft.setup.load_policy", lambda *given: under(load_policy(*given), "flash_attention_2"))
     train(tiny(tmp_path, f"cache={tmp_path}/flash", objective="iw_sft", name="flash"))
-    assert len(passed) == len(calls) > config.train.steps  # one layer
+    assert len(passed) == len(calls) > 4  # steps; one layer
     assert 0 < largest_difference(tmp_path / "padded", tmp_path / "flash") < 1e-9
 
 
