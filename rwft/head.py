@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +43,11 @@ Weigh = Callable[[dict[str, Tensor], slice], Tensor]
 Reference = tuple[Tensor, Vocabulary]
 
 
-@dataclass(frozen=True)
-class HeadResult:
-    """Of `n` positions. `loss` is differentiable in hidden states, weight and bias; all else is detached."""
+class HeadResult(NamedTuple):
+    """Of `n` positions. `loss` is differentiable in hidden states, weight and bias; all else is detached.
+
+    A tuple, because engines that spread weights look for the tensors in what a module returns.
+    """
 
     loss: Tensor  # ()
     logp: Tensor  # (n)

@@ -19,7 +19,7 @@ from rwft.data.packing import Layout
 from rwft.errors import PolicyError
 from rwft.head import Draws, HeadResult, Vocabulary, Weigh, distribution_signals, weighted_loss
 from rwft.regularizers import Penalty
-from rwft.sharding import whole
+from rwft.sharding import whole_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 KERNEL_KEYS = ("attn_implementation", "experts_implementation", "attn_implementation_internal")
@@ -36,6 +36,7 @@ class Policy(nn.Module):
         self.model = model
         self.autocast = dtype == "bfloat16"
         self._scale, self._softcap = _logit_transform(self.causal.config)
+        self.size = int(self.causal.get_output_embeddings().weight.shape[0])  # of the vocabulary, on every rank
 
     @property
     def causal(self) -> Any:
@@ -372,7 +373,7 @@ def export(policy: Policy, tokenizer: Any, folder: Path, dtype: str, *, merge: b
     """
     model = policy.model
     adapted = hasattr(model, "peft_config")
-    state = {name: whole(value) for name, value in model.state_dict().items()}
+    state = whole_state(model)
     if not main:
         return
     if adapted and merge:

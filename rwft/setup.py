@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rwft import zero
 from rwft.checkpoint import CheckpointStore
 from rwft.config import Config, as_dict
 from rwft.data.batching import Collate, Plan, Stored, pass_tokens
@@ -38,6 +39,7 @@ def start_accelerator(config: Config) -> Any:
 
     refuse_environment()
     check_trackers(config.trackers)
+    zero.check_asked()
     return Accelerator(
         cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         mixed_precision="no",  # the policy casts for itself, in training and out of it
@@ -48,17 +50,20 @@ def start_accelerator(config: Config) -> Any:
 
 def is_spread(accelerator: Any) -> bool:
     """Whether the weights are spread over ranks."""
-    return str(accelerator.distributed_type.value) == "FSDP"
+    kind = str(accelerator.distributed_type.value)
+    return kind == "FSDP" or (zero.drives(accelerator) and zero.stage(accelerator) == 3)
 
 
 def refuse_engine(config: Config, accelerator: Any) -> None:
-    """Engines that were tried here and no others: one process, DDP, and FSDP in its second version."""
+    """Engines that were tried here and no others: one process, DDP, FSDP in its second version, and ZeRO-2 and 3."""
     kind = str(accelerator.distributed_type.value)
     if is_spread(accelerator) and config.model.lora is not None and config.model.lora.merge:
         raise ConfigError("model.lora.merge: weights that are spread over ranks are not merged; export the adapter")
-    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+    if zero.drives(accelerator):
+        zero.refuse(config, accelerator)
+    if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise ConfigError(
-            f"the launcher asks for {kind}; use DDP or FSDP2, e.g. --config_file configs/accelerate/fsdp2.yaml"
+            f"the launcher asks for {kind}; use DDP, FSDP2 or ZeRO, e.g. --config_file configs/accelerate/fsdp2.yaml"
         )
 
 
@@ -103,7 +108,10 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
     )
-    model, optimizer = accelerator.prepare(policy, optimizer)
+    if zero.drives(accelerator):
+        model, optimizer = zero.prepare(config, accelerator, policy, optimizer)
+    else:
+        model, optimizer = accelerator.prepare(policy, optimizer)
     model.train()
     reads = reads | {"reward"} if data.train.has("reward") else reads
     training = Training(

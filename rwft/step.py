@@ -129,7 +129,7 @@ def micro_batch(
         sampled=sampled,
         layout=batch.layout,
     )
-    training.accelerator.backward(result.loss * scale)
+    training.backward(result.loss * scale)
     return MicroResult(batch, result, result.coefficients * weigh.flat_denominator())
 
 

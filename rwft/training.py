@@ -24,9 +24,10 @@ from rwft.postmortem import Skipped
 from rwft.progress import Display
 from rwft.regularizers import Penalty
 from rwft.run import RunFolder
-from rwft.sharding import spread, spread_optimizer, whole, whole_optimizer
+from rwft.sharding import place, spread_optimizer, whole, whole_optimizer
 from rwft.signals import SIGNALS
 from rwft.weighting import Objective
+from rwft.zero import Zero
 
 KL_RATE = 0.1  # of the running mean of the policy's log-ratio to the reference
 
@@ -80,12 +81,18 @@ class Training:
 
     def scalars(self, step: int) -> dict[str, float]:
         """Signals `()` that come from where the run stands."""
-        vocabulary = self.policy.vocabulary().weight.shape[0]
-        return {"progress": step / self.steps, "log_vocab": math.log(vocabulary), "kl_running": self.kl_running}
+        return {"progress": step / self.steps, "log_vocab": math.log(self.policy.size), "kl_running": self.kl_running}
 
     def synchronise(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are summed over ranks in the last micro-batch's backward only."""
+        if isinstance(self.optimizer, Zero):
+            self.optimizer.accumulate(last)
+            return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch."""
+        self.optimizer.backward(loss) if isinstance(self.optimizer, Zero) else self.accelerator.backward(loss)
 
     def any_rank(self, here: bool) -> bool:
         """Whether this holds on any rank."""
@@ -93,12 +100,14 @@ class Training:
 
     def clip(self, denominator: float) -> float:
         """Divide the finished gradient, clip it, and give back its norm before clipping."""
+        limit = self.config.train.clip or float("inf")
+        if isinstance(self.optimizer, Zero):
+            return self.optimizer.clip(denominator, limit, self.accelerator)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if denominator != 1.0:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(denominator)
-        limit = self.config.train.clip or float("inf")
         return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
 
     def snapshot(self, step: int) -> None:
@@ -166,9 +175,8 @@ class Training:
         parameters = self.policy.trained_parameters()
         if parameters.keys() != tensors["model"].keys():
             raise ConfigError(f"{checkpoint.folder}: holds other parameters than this model; start over with --fresh")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(spread(tensors["model"][name], parameter))
+        for name, parameter in parameters.items():
+            place(tensors["model"][name], parameter)
         moments = join_optimizer(tensors["optimizer"], state["optimizer"])
         self.optimizer.load_state_dict(spread_optimizer(moments, list(parameters.values())))
         self.old_logp.update(unpack_rows(tensors["old_logp"]) if "old_logp" in tensors else {})
