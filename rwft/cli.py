@@ -39,7 +39,9 @@ Plan = Annotated[
 Processes = Annotated[
     int | None, typer.Option("--processes", metavar="N", help="With --plan: for N processes, not the launcher's.")
 ]
-Engine = Annotated[str | None, typer.Option("--engine", help="With --plan: one, ddp or fsdp2, not the launcher's.")]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="With --plan: one, ddp, fsdp2 or deepspeed_zero2 or _zero3.")
+]
 
 
 @app.command(epilog="Example: rwft train configs/awr.yaml objective=dft train.steps=200 output=runs/dft")

@@ -30,9 +30,13 @@ from rwft.setup import make_plan, zero_weight_rows
 from rwft.temperature import fit_temperatures
 from rwft.weighting import Objective, build_objective
 
-ENGINES = ("one", "ddp", "fsdp2")
+ENGINES = ("one", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+ZERO = ENGINES[3:]
+SPREAD = ("fsdp2", "deepspeed_zero3")  # weights over ranks
 BUCKETS = "buckets of the reduction"
+GATHERED = "gathered weights and gradients"
 LOADING = "whole weights, while loading"
+ZERO_BUCKET, ZERO_LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in numbers: of a bucket, of whole weights
 LOOK = 256  # optimiser steps that are cut into passes to find the largest one
 FORWARD_BACKWARD, FROZEN = 3, 2  # forward passes that a step costs: weights trained, or only passed through
 
@@ -79,13 +83,21 @@ def choose(processes: int | None, engine: str | None) -> tuple[int, str]:
     if processes < 1:
         raise ConfigError(f"--processes: found {processes}, expected a whole number >= 1")
     if engine is None:
-        launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        engine = "one" if processes == 1 else "fsdp2" if launched else "ddp"
+        engine = "one" if processes == 1 else launched()
     if engine not in ENGINES:
         raise ConfigError(f"--engine: '{engine}' is unknown; {did_you_mean(engine, ENGINES)}")
     if (engine == "one") != (processes == 1):
-        raise ConfigError(f"--engine: found {engine} on {processes} processes; expected one on 1, ddp or fsdp2 on more")
+        raise ConfigError(f"--engine: found {engine} on {processes} processes; expected one on 1, others on more")
     return processes, engine
+
+
+def launched() -> str:
+    """The engine that the launcher asks for."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+            raise ConfigError(f"--engine: the launcher leaves the stage to a file; say {' or '.join(ZERO)}")
+        return f"deepspeed_zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else "ddp"
 
 
 def describe(config: Config, processes: int, engine: str, display: Display) -> None:
@@ -116,7 +128,7 @@ def planned(
     config: Config, objective: Objective, data: Prepared, outline: Outline, processes: int, engine: str
 ) -> Plan:
     """The very plan of steps that the run would follow."""
-    share = sharing(config.data.share_prompts, [outline.policy.causal], spread=engine == "fsdp2")
+    share = sharing(config.data.share_prompts, [outline.policy.causal], spread=engine in SPREAD)
     penalties = tuple(build_regularizers(config.regularize))
     packed = packs(config, outline) and share is None
     return make_plan(config, objective, penalties, data, processes, beside=share is not None, packed=packed)
@@ -154,25 +166,29 @@ def memory(
     Activations fall as gradients grow, so that where a step is one pass, only the greater of the two counts.
     """
     size = outline.footprint()
-    share = processes if engine == "fsdp2" else 1
+    share = processes if engine in SPREAD else 1
+    divided = processes if engine in (*SPREAD, *ZERO) else 1
     parts = {
         "weights": -(-size.weights // share),
-        "gradients": -(-size.gradients // share),
-        "optimizer moments": -(-2 * size.gradients // share),
+        "gradients": -(-size.gradients // divided),
+        "optimizer moments": -(-2 * size.gradients // divided),
         "loss head": outline.head(passes.trained),
         "activations": kept[1] if config.model.gradient_checkpointing else kept[0],
     }
     if engine == "ddp":
         parts[BUCKETS] = size.gradients
-    if engine == "fsdp2":
-        parts["gathered weights and gradients"] = gathered(size)
+    if engine in ZERO:
+        parts |= {"weights that are updated, a copy": parts["gradients"], BUCKETS: ZERO_BUCKET * 4}
+    if engine in SPREAD:
+        parts[GATHERED] = gathered(size) if engine == "fsdp2" else live(size)
     if any("ref_logp_all" in penalty.reads for penalty in build_regularizers(config.regularize)):
         parts["reference model"] = reference_bytes(config, size)
     passing = parts["loss head"] + parts["activations"]
     waiting = parts["gradients"] if passes.several else 0
     always = sum(parts.values()) - passing - parts["gradients"]
-    peak = always + max(passing + waiting, parts["gradients"])
-    if engine == "fsdp2":  # each rank loads the model whole, and then gives away all but its share
+    stepping = parts["gradients"] * (2 if engine in ZERO else 1)  # DeepSpeed flattens them first
+    peak = always + max(passing + waiting, stepping)
+    if engine in SPREAD:  # each rank loads the model whole, and then gives away all but its share
         parts[LOADING] = size.weights
     return {**parts, "peak": max(peak, parts.get(LOADING, 0))}
 
@@ -181,6 +197,12 @@ def gathered(size: Footprint) -> int:
     """Bytes that FSDP makes whole at a time: what belongs to no block, one block and the next, and their gradients."""
     trained = size.gradients / size.weights
     return size.root + 2 * size.block + round(trained * (size.root + size.block))
+
+
+def live(size: Footprint) -> int:
+    """Bytes that ZeRO-3 holds whole at a time: weights up to its limit, and the gradients of a block or of the rest."""
+    kept = min(size.parameters, ZERO_LIVE + max(size.root, size.block) * size.parameters // size.weights)
+    return kept * size.weights // size.parameters + max(size.root, size.block) * size.gradients // size.weights
 
 
 def reference_bytes(config: Config, size: Footprint) -> int:

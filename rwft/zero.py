@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -63,15 +64,18 @@ def refuse(config: Config, accelerator: Any) -> None:
         device = (zero.get(part) or {}).get("device") or "none"
         if str(device) != "none":
             raise ConfigError(f"DeepSpeed: {part} to '{device}' was not proven; leave it out")
+    for key in (key for key, value in zero.items() if "quantized" in key and value):
+        raise ConfigError(f"DeepSpeed: {key} was not proven; leave it out")
     for key, value in batches(config, accelerator.num_processes).items():
         if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(f"DeepSpeed: {key}: found {settings[key]}, but the run's own settings say {value}")
     for key, ours in ELSEWHERE.items():
-        if (settings.get(key) or {}).get("enabled", key in settings):
+        part = settings.get(key) or {}
+        if part.get("enabled", "type" in part):
             raise ConfigError(f"DeepSpeed: '{key}' is set; leave it out, the run has {ours}")
     if config.model.dtype == "float64":
         raise ConfigError("model.dtype: float64 would be cast to float32 by DeepSpeed; use DDP")
-    from transformers.integrations import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # else stage 3 would spread the model as it is loaded, and frozen ones too
 
@@ -87,22 +91,30 @@ def batches(config: Config, ranks: int) -> dict[str, float]:
     }
 
 
+def partitioning() -> Any:
+    """DeepSpeed's functions for parameters that are spread over ranks."""
+    return import_module("deepspeed.runtime.zero")
+
+
+def states() -> Any:
+    """DeepSpeed's functions for the optimiser's state of a parameter."""
+    return import_module("deepspeed.utils")
+
+
 def prepare(config: Config, accelerator: Any, policy: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Zero]:
     """`policy` under DeepSpeed, its weights spread over ranks in stage 3, and its optimiser."""
     accelerator.deepspeed_plugin.deepspeed_config.update(batches(config, accelerator.num_processes))
     parameters = list(policy.trained_parameters().values())
     engine, _ = accelerator.prepare(policy, optimizer)
     if stage(accelerator) == 3:
-        from deepspeed.runtime.zero import register_external_parameter
-
         head = policy.causal.get_output_embeddings()  # read by the policy's forward pass, not by the module it is in
         for parameter in head.parameters(recurse=False):
-            register_external_parameter(policy, parameter)
+            partitioning().register_external_parameter(policy, parameter)
     return engine, Zero(engine, parameters)
 
 
 class Zero:
-    """The optimiser of a ZeRO engine in the place of torch's; gradients are this rank's pieces of the sum over ranks."""
+    """The optimiser of a ZeRO engine in the place of torch's. Of a gradient, each rank holds its pieces."""
 
     def __init__(self, engine: Any, parameters: list[nn.Parameter]) -> None:
         self.engine, self.inner, self.parameters = engine, engine.optimizer, parameters
@@ -148,13 +160,12 @@ class Zero:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that torch's optimiser would have on one process. All ranks must ask for it together."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+        whole = states().safe_get_full_optimizer_state
         (group,) = self.param_groups
         settings = {key: value for key, value in group.items() if key != "params"}
         steps = [entry["step"] for entry in self.inner.state.values() if "step" in entry]
         state = {
-            index: {"step": steps[0].to("cpu", copy=True), **{name: safe_get_full_optimizer_state(p, name).cpu() for name in MOMENTS}}
+            index: {"step": steps[0].to("cpu", copy=True), **{name: whole(p, name).cpu() for name in MOMENTS}}
             for index, p in enumerate(self.parameters if steps else [])
         }
         return {"state": state, "param_groups": [{**settings, "params": list(range(len(self.parameters)))}]}
@@ -173,8 +184,6 @@ class Zero:
 
     def _make_moments(self, step: Tensor) -> None:
         """Moments of zero for what torch's optimiser moves in the place of parameters: flat pieces of them."""
-        from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
         spread = self.engine.zero_optimization_stage() == 3
         flats = self.inner.fp32_partitioned_groups_flat if spread else self.inner.single_partition_of_fp32_groups
         for flat in flats:
@@ -182,15 +191,13 @@ class Zero:
             self.inner.state[flat] = {"step": step.to(flat.device, copy=True), **zeros}
         if not spread:
             for group, flat in zip(self.inner.bit16_groups, flats, strict=True):
-                lazy_init_hp_params_optimizer_state(group, flat, self.inner.state)
+                states().lazy_init_hp_params_optimizer_state(group, flat, self.inner.state)
 
     def _set_moment(self, full: Tensor, parameter: nn.Parameter, name: str) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
         if hasattr(parameter, "ds_tensor"):  # whose last piece is padded, of which the other function knows nothing
-            safe_set_local_optimizer_state(parameter, own_piece(full, parameter), name)
+            states().safe_set_local_optimizer_state(parameter, own_piece(full, parameter), name)
         else:
-            safe_set_full_optimizer_state(parameter, full, name)
+            states().safe_set_full_optimizer_state(parameter, full, name)
 
 
 def own_piece(full: Tensor, parameter: Any) -> Tensor:
@@ -202,15 +209,11 @@ def own_piece(full: Tensor, parameter: Any) -> Tensor:
 
 def whole_parameter(parameter: Any) -> Tensor:
     """A parameter of stage 3, whole, on the CPU. All ranks must ask for it together."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([parameter]):
+    with partitioning().GatheredParameters([parameter]):
         return parameter.detach().to("cpu", copy=True)
 
 
 def place_parameter(full: Tensor, parameter: Any) -> None:
     """Give a parameter of stage 3 the values that the first rank has. All ranks must do it together."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
+    with torch.no_grad(), partitioning().GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(full)

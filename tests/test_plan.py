@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from rwft.data.batching import Plan
 from rwft.errors import ConfigError, PolicyError
 from rwft.footprint import Footprint, Outline, activations
 from rwft.loop import train
-from rwft.plan import Passes, amount, choose, describe, gathered, memory, operations, plan_command
+from rwft.plan import Passes, amount, choose, describe, gathered, live, memory, operations, plan_command
 from rwft.policy import load_policy
 from rwft.progress import Display
 from rwft.settings import LoraConfig
@@ -176,6 +177,31 @@ def test_memory_by_engine(tmp_path: Path) -> None:
     assert small["peak"] >= small["whole weights, while loading"]
 
 
+def test_memory_of_zero(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    outline, passes, weights = Outline(config.model), Passes(4, 10, 20, 1, False), 4 * 5808
+    two, three = (memory(config, outline, passes, (60_000, 0), 4, f"deepspeed_zero{stage}") for stage in (2, 3))
+    for parts, whole in ((two, weights), (three, weights // 4)):
+        assert parts["weights"] == whole
+        assert parts["gradients"] == parts["weights that are updated, a copy"] == weights // 4
+        assert parts["optimizer moments"] == weights // 2
+        assert parts["buckets of the reduction"] == 2_000_000_000
+    assert two["peak"] == weights + weights // 4 + weights // 2 + 2 * 10**9 + 60_000 + two["loss head"]
+    block = 4 * (4 * 256 + 3 * 512 + 2 * 16)
+    assert three["gathered weights and gradients"] == weights + max(block, weights - block)
+    assert "whole weights, while loading" in three
+    assert "whole weights, while loading" not in two
+    bare = memory(config, outline, Passes(1, 1, 1, 1, False), (0, 0), 4, "deepspeed_zero2")  # the step is the peak
+    assert bare["peak"] == weights + weights // 4 + weights // 2 + 2 * 10**9 + 2 * (weights // 4)
+
+
+def test_what_zero_3_keeps_whole() -> None:
+    """Up to 1e9 weights and what comes next; with them the gradients of the larger of block and rest."""
+    large = replace(SIZE, parameters=8 * 10**9, weights=32 * 10**9, root=2 * 10**9, block=10**9)
+    assert live(replace(large, gradients=32 * 10**9)) == 4 * 10**9 + 2 * 10**9 + 2 * 10**9
+    assert live(replace(large, gradients=0)) == 6 * 10**9
+
+
 def test_the_peak_holds_gradients_only_when_they_wait_or_outgrow_activations(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     outline, weights = Outline(config.model), 4 * 5808
@@ -247,6 +273,13 @@ def test_the_order_of_ranks_is_that_of_the_run(tmp_path: Path, monkeypatch: pyte
         ((8, "fsdp2"), {}, (8, "fsdp2")),
         ((None, None), {"WORLD_SIZE": "4"}, (4, "ddp")),
         ((None, None), {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}, (4, "fsdp2")),
+        ((8, "deepspeed_zero3"), {}, (8, "deepspeed_zero3")),
+        ((None, None), {"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true"}, (4, "deepspeed_zero2")),
+        (
+            (None, None),
+            {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            (2, "deepspeed_zero3"),
+        ),
     ],
 )
 def test_processes_and_engine(
@@ -255,7 +288,7 @@ def test_processes_and_engine(
     expected: tuple[int, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP"):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -276,10 +309,10 @@ def test_engines_that_do_not_fit(given: tuple[int | None, str | None], said: str
         choose(*given)
 
 
-@pytest.mark.parametrize(("kind", "second"), [("DEEPSPEED", False), ("MEGATRON_LM", False), ("FSDP", False)])
+@pytest.mark.parametrize(("kind", "second"), [("MEGATRON_LM", False), ("FSDP", False)])
 def test_engines_that_were_not_proven_are_refused_by_name(kind: str, second: bool, tmp_path: Path) -> None:
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), is_fsdp2=second)
-    with pytest.raises(ConfigError, match=f"the launcher asks for {kind}; use DDP or FSDP2"):
+    with pytest.raises(ConfigError, match=f"the launcher asks for {kind}; use DDP, FSDP2 or ZeRO"):
         refuse_engine(config_of(tmp_path), accelerator)
 
 
