@@ -98,6 +98,11 @@ class Training:
         """Whether this holds on any rank."""
         return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "sum") > 0)
 
+    def most(self, here: int) -> int:
+        """The most that any rank has: of forward passes, say, which ranks make together if weights are spread."""
+        mine = torch.tensor([here], device=self.accelerator.device)
+        return int(self.accelerator.gather(mine).max())
+
     def clip(self, denominator: float) -> float:
         """Divide the finished gradient, clip it, and give back its norm before clipping."""
         limit = self.config.train.clip or float("inf")
@@ -120,8 +125,8 @@ class Training:
         mine = np.concatenate([part for s in ahead for part in self.plan.micro_batches(s, rank)])
         indices, rows, plain = np.unique(mine).astype(np.int64), self.data.train, self.collate.plain()
         group, packed = None if plain.share is None else rows.group, plain.packed
-        device, tick = self.accelerator.device, lambda _: None
-        logp = row_logp(self.policy, plain, rows.length, indices, device=device, tick=tick, group=group, packed=packed)
+        how: dict[str, Any] = {"device": self.accelerator.device, "tick": lambda _: None, "passes": self.most}
+        logp = row_logp(self.policy, plain, rows.length, indices, group=group, packed=packed, **how)
         self.old_logp.clear()
         self.old_logp.update(logp)
 

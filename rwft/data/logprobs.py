@@ -90,17 +90,23 @@ def row_logp(
     tick: Callable[[int], None],
     group: NDArray[np.int64] | None = None,
     packed: bool = False,
+    passes: Callable[[int], int] = int,
 ) -> dict[int, NDArray[Any]]:
     """Log-probabilities of the trained tokens of each row under `policy`, dropout off. `tick(k)` after every k rows.
 
     With `group`, rows of one are batched together, where `collate` may share their prompt; `packed`
-    tells that it packs them.
+    tells that it packs them. `passes` says how many forward passes to make, given how many are
+    needed; the others hold no row.
     """
     was_training = policy.training
     policy.eval()
     out: dict[int, NDArray[Any]] = {}
     most = TOKENS_AT_ONCE.get(device.type, ACCELERATOR_TOKENS_AT_ONCE)
-    for part in length_batches(length, indices, group, most, packed=packed):
+    batches = length_batches(length, indices, group, most, packed=packed)
+    for _ in range(passes(len(batches)) - len(batches)):
+        batch = collate(indices[:0]).to(device)
+        policy(batch.ids, batch.mask)
+    for part in batches:
         batch = collate(part).to(device)
         logp = policy(batch.ids, batch.mask, layout=batch.layout)["logp"].cpu().numpy()
         ends = np.cumsum(batch.sequence_lengths)
