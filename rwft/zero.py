@@ -106,10 +106,6 @@ def prepare(config: Config, accelerator: Any, policy: Any, optimizer: torch.opti
     accelerator.deepspeed_plugin.deepspeed_config.update(batches(config, accelerator.num_processes))
     parameters = list(policy.trained_parameters().values())
     engine, _ = accelerator.prepare(policy, optimizer)
-    if stage(accelerator) == 3:
-        head = policy.causal.get_output_embeddings()  # read by the policy's forward pass, not by the module it is in
-        for parameter in head.parameters(recurse=False):
-            partitioning().register_external_parameter(policy, parameter)
     return engine, Zero(engine, parameters)
 
 

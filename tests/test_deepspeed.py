@@ -25,7 +25,7 @@ from tests.tiny import tiny
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 RANKS = """
-import os, signal, sys
+import math, os, signal, sys
 import accelerate, deepspeed, torch
 import rwft.data.logprobs as logprobs
 import rwft.loop as loop
@@ -63,28 +63,31 @@ def stop_at_2(training, index, meter):
     step(training, index, meter)
 
 
-def fail_at_1(training, index, meter):
-    # a gradient that is not finite for one parameter, on one rank
+def fail(training, index, meter):
+    # at step 1 one number of the gradient is not finite, on one rank; at step 2 the gradient is fine, but not the rest
     def poisoned(*arguments):
-        if training.accelerator.process_index == 1:
+        here = training.accelerator.process_index == 1
+        if here and index == 1:
             training.optimizer.pieces()[0].view(-1)[0] = float("inf")
-        return clip(*arguments)
+        norm = clip(*arguments)
+        assert index != 1 or not math.isfinite(norm)
+        return float("nan") if here and index == 2 else norm
 
     clip = training.optimizer.clip
-    if index == 1:
+    if index in (1, 2):
         training.optimizer.clip = poisoned
     before = [whole(p).clone() for p in training.policy.parameters()]
     step(training, index, meter)
     training.optimizer.clip = clip
     moved = any(not torch.equal(old, whole(p)) for old, p in zip(before, training.policy.parameters(), strict=True))
-    assert moved == (index != 1)
+    assert moved == (index not in (1, 2))
 
 
 loop.start_accelerator = under_deepspeed
 logprobs.TOKENS_AT_ONCE["cpu"] = 12  # so that ranks need unequal numbers of passes for their snapshots
 for name in names:
     config = load_config(f"{folder}/{name}.yaml")
-    loop.optimiser_step = {"resumed": stop_at_2, "skipped": fail_at_1}.get(name, step)
+    loop.optimiser_step = {"resumed": stop_at_2, "skipped": fail}.get(name, step)
     if name == "resumed":
         try:
             loop.train(config)
@@ -104,13 +107,13 @@ CASES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "lora": ("sft", "train.accumulate=2", ("model.lora.rank=2",)),
     "snapshots": ("psft", "train.accumulate=1", ("train.snapshot_every=2",)),
     "resumed": ("iw_sft", "train.accumulate=2", ("train.steps=4",)),
-    "skipped": ("sft", "train.accumulate=2", ("train.steps=4", "train.on_nonfinite=skip")),
+    "skipped": ("sft", "train.accumulate=2", ("train.steps=5", "train.on_nonfinite=skip")),
 }
 
-NAN_AT_1 = """
+NAN_AT_1_AND_2 = """
 import torch
 def bad(logp, progress):
-    return torch.full_like(logp, float("nan") if round(float(progress) * 4) == 1 else 1.0)
+    return torch.full_like(logp, float("nan") if round(float(progress) * 5) in (1, 2) else 1.0)
 """
 
 
@@ -143,7 +146,7 @@ def gap(one: Path, other: Path) -> float:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_train_the_same_parameters(stage: int, tmp_path: Path, root: Path) -> None:
     bad = tmp_path / "bad.py"
-    bad.write_text(NAN_AT_1)
+    bad.write_text(NAN_AT_1_AND_2)
     for name, (objective, accumulate, more) in CASES.items():
         rows = 8 // int(accumulate[-1])
         alone = f"{bad}:bad" if name == "skipped" else objective
