@@ -87,7 +87,7 @@ def header(file: Path) -> str:
 
 def test_the_recipes_are_all_here() -> None:
     assert READS.keys() <= {file.stem for file in RECIPES}
-    assert {file.stem for file in ACCELERATE} == {"ddp", "fsdp2"}
+    assert {file.stem for file in ACCELERATE} == {"ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=name)
