@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -44,11 +44,16 @@ def make_folder(path: Path) -> None:
 
 def write_new(path: Path, data: bytes) -> None:
     """Create `path`, which must not exist, and flush its data (not its name) to the disk."""
+    _create(path, (data,))
+
+
+def _create(path: Path, parts: Iterable[bytes]) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(handle, rest) :]
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -60,9 +65,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises SaveError with the path and the reason; the old content is then intact.
     """
     content = data.encode() if isinstance(data, str) else data
+    _replace(path, (content,), len(content))
+
+
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """As `write_atomic`, for a text that comes in parts and is never whole in memory."""
+    _replace(path, (part.encode() for part in parts), None)
+
+
+def _replace(path: Path, parts: Iterable[bytes], needed: int | None) -> None:
     spare = path.with_name(f"{TMP}{path.name}-{os.getpid()}-{next(_serial)}")
     try:
-        write_new(spare, content)
+        _create(spare, parts)
         os.replace(spare, path)
         sync(path.parent)
     except BaseException as error:
@@ -70,7 +84,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             spare.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise SaveError(f"{path}: not written: {disk_report(error, path.parent, len(content))}") from error
+        raise SaveError(f"{path}: not written: {disk_report(error, path.parent, needed)}") from error
 
 
 @contextlib.contextmanager

@@ -210,7 +210,7 @@ def run(training: Training, folder: RunFolder, start: int) -> tuple[int, int | N
     journal = Journal(training, folder, log, alarms, manifest, update, started, log.last, saved)
     training.accelerator.init_trackers("rwft", config=trackable(training.config), init_kwargs=tracker_settings(folder))
     if training.data.credit is not None:
-        folder.write_text("credit.json", training.data.credit.to_json())
+        folder.write_parts("credit.json", training.data.credit.json_parts())
     folder.status("running", start, f"checkpoints/{folder.checkpoint(start).name}" if saved == start else None)
     return *run_steps(training, start, journal), journal
 

@@ -19,14 +19,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rwft.config import Config, as_dict, read_yaml, resolve, to_yaml
-from rwft.durable import TMP, RunLock, remove, sync, write_atomic
+from rwft.durable import TMP, RunLock, remove, sync, write_atomic, write_parts
 from rwft.errors import ConfigError, RwftError, SaveError, UserError
 from rwft.redaction import redact
 
@@ -79,6 +79,11 @@ class RunFolder:
         """Write a small file atomically."""
         if self.main:
             write_atomic(self.path / name, content)
+
+    def write_parts(self, name: str, parts: Iterable[str]) -> None:
+        """Write a file of parts atomically, of which one at a time is in memory."""
+        if self.main:
+            write_parts(self.path / name, parts)
 
     def status(self, state: str, step: int, checkpoint: str | None = None) -> None:
         """Say how far the run is (running, stopped, failed or done), for whoever watches or resumes it."""

@@ -12,7 +12,7 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import rwft.checkpoint
 from rwft.checkpoint import CheckpointStore, join_optimizer, split_optimizer, verify, write_atomic
+from rwft.durable import write_parts
 from rwft.errors import CheckpointError, SaveError
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
@@ -732,3 +733,20 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path, data: str | bytes) -> No
 def test_a_small_file_that_cannot_be_written_says_where(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=r"nowhere/x\.json: not written: .*No such file.*; 2 bytes are needed"):
         write_atomic(tmp_path / "nowhere" / "x.json", "{}")
+
+
+def test_a_file_of_parts_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "credit.json"
+    write_parts(file, iter(["text: ", "", "ü\n"]))
+    assert file.read_bytes() == "text: ü\n".encode()
+
+    def breaks() -> Iterator[str]:
+        yield "half"
+        raise KeyError("the other half")
+
+    with pytest.raises(KeyError, match="the other half"):
+        write_parts(file, breaks())
+    assert file.read_bytes() == "text: ü\n".encode()
+    assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == ["credit.json"]
+    with pytest.raises(SaveError, match=r"nowhere/x\.json: not written: .*No such file or directory"):
+        write_parts(tmp_path / "nowhere" / "x.json", ["{}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -320,3 +321,18 @@ def test_saved_and_read_again_it_is_the_same() -> None:
     for text in ("", "{}", "[]", json.dumps({**json.loads(credit.to_json()), "mean": "x"})):
         with pytest.raises(CheckpointError, match=r"^credit: not what was saved"):
             Credit.from_json(text)
+
+
+def test_the_text_comes_in_parts_that_do_not_grow_with_the_groups() -> None:
+    """The text is that of one call on the plain values; no part of it has more than 8192 numbers of 25 characters."""
+    for rows in (1, 8192, 8193, 40_000):
+        draw = np.random.default_rng(rows)
+        reward, length = draw.normal(size=rows), draw.integers(1, 9, rows)
+        credit = fit(CreditConfig(baseline="group_mean"), reward, np.arange(rows), length)
+        columns = {name: getattr(credit.groups, name).tolist() for name in ("id", "size", "mean", "std", "length_mean")}
+        numbers = {"mean": credit.mean, "std": credit.std}
+        levels = {"level": credit.level.tolist(), "above": credit.above.tolist()}
+        parts = list(credit.json_parts())
+        assert "".join(parts) == json.dumps({"config": asdict(credit.config), **numbers, **levels, "groups": columns})
+        assert max(map(len, parts)) <= max(8192 * 25, 400)
+    assert len(parts) > 7 * 4

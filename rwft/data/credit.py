@@ -27,6 +27,7 @@ GROUP_EPSILON = 1e-6  # added to a group's standard deviation, as in GRPO
 OF_GROUPS = ("group_mean", "leave_one_out", "length_weighted")
 LARGEST = 1e100  # of a reward: far beyond it a variance would overflow
 SHARED = ("none", "mean")  # baselines that are one number for all rows, besides a number itself
+LISTED = 1 << 13  # numbers that are made text at once
 VALUE = "value"  # the baseline that the data give, row by row
 
 Floats = NDArray[np.float64]
@@ -225,9 +226,19 @@ class Credit:
 
     def to_json(self) -> str:
         """Everything as JSON; floats come back exactly."""
-        groups = {field.name: getattr(self.groups, field.name).tolist() for field in fields(Groups)}
-        numbers = {"mean": self.mean, "std": self.std, "level": self.level.tolist(), "above": self.above.tolist()}
-        return json.dumps({"config": asdict(self.config), **numbers, "groups": groups}, allow_nan=False)
+        return "".join(self.json_parts())
+
+    def json_parts(self) -> Iterator[str]:
+        """The text of `to_json` in parts, each of a few thousand numbers, however many groups there are."""
+        numbers = {"config": asdict(self.config), "mean": self.mean, "std": self.std}
+        yield json.dumps(numbers, allow_nan=False).removesuffix("}")
+        for name in ("level", "above"):
+            yield from _listed(f', "{name}": ', getattr(self, name))
+        for number, field in enumerate(fields(Groups)):
+            yield from _listed(
+                f', "{field.name}": ' if number else f', "groups": {{"{field.name}": ', getattr(self.groups, field.name)
+            )
+        yield "}}"
 
     @classmethod
     def from_json(cls, text: str) -> Credit:
@@ -246,6 +257,15 @@ class Credit:
         return isinstance(other, Credit) and self.to_json() == other.to_json()
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and holds arrays
+
+
+def _listed(before: str, values: NDArray[Any]) -> Iterator[str]:
+    """`before`, then the values as a JSON list."""
+    yield f"{before}["
+    for start in range(0, len(values), LISTED):
+        text = json.dumps(values[start : start + LISTED].tolist(), allow_nan=False)
+        yield (", " if start else "") + text[1:-1]
+    yield "]"
 
 
 def fit(
