@@ -174,7 +174,8 @@ def _same_config(config: Config, file: Path) -> None:
 
 def beside_the_training(key: str) -> bool:
     """Settings that change nothing of what a run computes while it trains: they may differ when it goes on."""
-    return key in ("output", "cache", "trackers", "train.rows_every") or key.startswith(("evaluate", "compare"))
+    single = ("output", "cache", "trackers", "train.rows_every", "data.workers")
+    return key in single or key.startswith(("evaluate", "compare"))
 
 
 def stored_settings(file: Path) -> dict[str, Any]:

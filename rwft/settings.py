@@ -130,6 +130,9 @@ class DataConfig:
     order: str = "rows"  # what is shuffled: rows | groups (all completions of a prompt come in one step)
     share_prompts: str = "auto"  # one copy of a prompt for its completions: auto (where cheaper) | always | never
     pack: str = "auto"  # rows of a pass in one sequence, no padding: auto (under flash attention) | always | never
+    workers: Any = (
+        "auto"  # processes that tokenise: auto (one a core, up to 8, for large files) | a number; 0: this one
+    )
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.task is None):
@@ -142,6 +145,8 @@ class DataConfig:
         _choice("data.pack", self.pack, ["auto", "always", "never"])
         _require(0 <= self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "a number in [0, 1)")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "a whole number >= 2")
+        count = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 0
+        _require(count or self.workers == "auto", "data.workers", self.workers, "auto or a whole number >= 0")
         _require(self.limit is None or self.limit >= 1, "data.limit", self.limit, "a whole number >= 1")
 
 

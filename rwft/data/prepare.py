@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from rwft.config import CreditConfig, DataConfig, plain
 from rwft.data.adapters import Examples, read_examples
 from rwft.data.credit import VALUE, Credit, fit
+from rwft.data.example import Example
 from rwft.data.rows import Rows, open_rows, record, write_rows
 from rwft.data.sources import local_files
 from rwft.data.tasks import task_files
 from rwft.data.tokenize import Dropped, Tokenize
+from rwft.data.workers import tokens_of, worker_count
 from rwft.durable import sha256, write_atomic
 from rwft.errors import DataError
 from rwft.signals import SIGNALS
@@ -118,7 +121,9 @@ def tokenised(
     summary = file.with_suffix(".json")
     if content is None or not file.is_file() or not _load_report(report, summary):
         examples = read_examples(path, config.adapter, limit=config.limit)
-        write_rows(_records(examples, tokenize, report, tick), file)
+        workers = worker_count(config, path)
+        with closing(_records(examples, tokenize, report, tick, workers)) as records:
+            write_rows(records, file)
         report.description, report.read = examples.description, examples.ledger.rows
         report.dropped.update(examples.ledger.dropped)
         report.notes.update(examples.ledger.notes)
@@ -135,11 +140,10 @@ def content_digests(path: Any) -> list[str] | None:
 
 
 def _records(
-    examples: Examples, tokenize: Tokenize, report: Report, tick: Callable[[int], None]
-) -> Iterator[Mapping[str, Any]]:
-    stream = iter(examples)
-    while block := list(itertools.islice(stream, BLOCK)):
-        for example, tokens in zip(block, tokenize.batch(block), strict=True):
+    examples: Examples, tokenize: Tokenize, report: Report, tick: Callable[[int], None], workers: int
+) -> Generator[Mapping[str, Any], None, None]:
+    for block, made in tokens_of(_blocks(examples), tokenize, workers):
+        for example, tokens in zip(block, made, strict=True):
             if isinstance(tokens, Dropped):
                 report.dropped[tokens.reason] += 1
                 continue
@@ -147,6 +151,12 @@ def _records(
             report.kept += 1
             yield record(example, tokens)
         tick(len(block))
+
+
+def _blocks(examples: Examples) -> Iterator[list[Example]]:
+    stream = iter(examples)
+    while block := list(itertools.islice(stream, BLOCK)):
+        yield block
 
 
 def _save_report(report: Report, path: Path) -> None:

@@ -126,11 +126,14 @@ class Tokenize:
         return self.batch([example])[0]
 
     def batch(self, examples: Sequence[Example]) -> list[Tokens | Dropped]:
-        """What a call for each example would give, faster."""
-        rows = [self._spell(example) for example in examples]
+        """What a call for each example would give, faster. Raises DataError for the first that is wrong."""
+        rows, problem = self._spelt(examples)
         texts = {text for row in rows for text in accumulate(piece.text for piece in row.pieces)}
         encodings = self._encode(texts)
-        return [self._row(example, row, encodings) for example, row in zip(examples, rows, strict=True)]
+        made = [self._row(example, row, encodings) for example, row in zip(examples, rows, strict=False)]
+        if problem is not None:
+            raise problem
+        return made
 
     def prompt(self, example: Example) -> list[int]:
         """The ids that the policy continues, as in training but uncut."""
@@ -150,6 +153,16 @@ class Tokenize:
     def fingerprint(self) -> str:
         """Hex digest of everything that the tokens of an example depend on."""
         return fingerprint(self.tokenizer, self.config, self.needs_behavior)
+
+    def _spelt(self, examples: Sequence[Example]) -> tuple[list[Spelling], DataError | None]:
+        """The spelling of all examples, or of those before the first that cannot be spelt, and why it cannot."""
+        rows: list[Spelling] = []
+        for example in examples:
+            try:
+                rows.append(self._spell(example))
+            except DataError as error:
+                return rows, error
+        return rows, None
 
     def _spell(self, example: Example) -> Spelling:
         prompt, completion, eos = example.prompt, example.completion, self.config.eos == "auto"
