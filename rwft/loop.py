@@ -128,9 +128,9 @@ class Journal:
         self.manifest.loss(done, float(self.training.accelerator.reduce(mine, "sum")))
 
     def evaluate(self, done: int) -> dict[str, float]:
-        """Held-out figures, recorded under `eval/`."""
+        """Held-out figures, recorded under `eval/`, unless a run that died behind this line has done so."""
         figures = evaluate_held_out(self.training)
-        if figures:
+        if figures and done != self.log.evaluated:
             self.record(done, {f"eval/{name}": value for name, value in figures.items()})
         return figures
 

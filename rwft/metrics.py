@@ -181,12 +181,15 @@ class MetricsLog:
     def __init__(self, path: Path, resume_at: int, main: bool) -> None:
         self.path = path
         self.last: dict[str, float] = {}  # the newest training metrics
+        self.evaluated = -1  # the step of the newest evaluation
         if main and path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= resume_at]
             write_atomic(path, "".join(f"{line}\n" for line in kept))
             for record in map(json.loads, kept):
-                if not any(name.startswith("eval/") for name in record):
+                if any(name.startswith("eval/") for name in record):
+                    self.evaluated = int(record["step"])
+                else:
                     self.last = {name: value for name, value in record.items() if name != "step"}
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -143,6 +143,22 @@ def test_a_disk_that_is_full_when_the_model_is_exported_loses_nothing(
     assert results[0] == results[1]
 
 
+def test_a_run_that_dies_behind_its_last_evaluation_writes_no_line_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = (tiny(tmp_path, *SHORT, "train.eval_every=2", name=name) for name in ("whole", "broken"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("rwft.loop.export", fill_the_disk)
+        with pytest.raises(SaveError):
+            train(broken)
+    train(broken)
+    for config in (whole, broken):
+        lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "eval/nll/mean" in line] == [2, 4, STEPS]
+        assert [line["step"] for line in lines if "loss/mean" in line] == list(range(1, STEPS + 1))
+
+
 def test_a_damaged_newest_costs_one_step_and_changes_no_bit(tmp_path: Path) -> None:
     train(case(tmp_path, "dropout", "whole"))
     copy = cut(tmp_path / "whole", 4, "resumed")
