@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import rwft.compare
 import rwft.drift
@@ -29,6 +30,7 @@ from rwft.compare import (
     objectives,
     prior_job,
     read_curve,
+    settings_note,
     slug,
 )
 from rwft.comparison import (
@@ -107,6 +109,53 @@ def test_objectives_from_the_command_line(root: Path, tmp_path: Path) -> None:
     config = load_config(root / "configs" / "demo.yaml", [long_form(text), long_form("seeds=2")])
     assert list(objectives(config)) == ["sft", "dft * filtered_bc", "rwr(temperature=0.5)", "iw_sft * rwr", "half"]
     assert config.compare.seeds == 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "listed", "labels", "note"),
+    [
+        (
+            {"name": "rwr", "temperature": 0.5},
+            ["sft", "rwr", ["dft", "rwr"], {"name": "awr", "temperature": 2.0}],
+            ["sft", "rwr(temperature=0.5)", "dft * rwr(temperature=0.5)", "awr(temperature=2.0)"],
+            ["rwr(temperature=0.5); with their defaults: sft, dft"],
+        ),
+        (["dft", {"name": "rwr", "temperature": 0.5, "clip": 3.0}], ["rwr"], ["rwr(temperature=0.5, clip=3.0)"],
+         ["rwr(temperature=0.5, clip=3.0)"]),
+        ({"name": "rwr", "temperature": 0.5}, [{"name": "rwr"}, "sft"], ["rwr", "sft"], []),
+        ({"name": "rwr", "temperature": 0.5}, [{"name": "rwr", "clip": 2.0}], ["rwr(clip=2.0)"], []),
+        ("rwr", ["rwr", "sft"], ["rwr", "sft"], []),
+        ([{"name": "rwr", "temperature": 0.5}, {"name": "rwr", "temperature": 2.0}], ["rwr"], ["rwr"], []),
+        ([{"name": "rwr", "temperature": 0.5}, "rwr"], ["rwr"], ["rwr"], []),
+        ({"name": "rwr", "temperature": 0.5}, [], ["rwr(temperature=0.5)"], []),
+    ],
+)  # fmt: skip
+def test_a_name_alone_has_the_config_s_settings_for_it(
+    tmp_path: Path, objective: Any, listed: list[Any], labels: list[str], note: list[str]
+) -> None:
+    config = settings(tmp_path, objective=objective, compare={"objectives": listed})
+    assert list(objectives(config)) == labels
+    before = "with the settings that the config's `objective` gives them: "
+    assert settings_note(config) == [before + line for line in note]
+
+
+def test_the_note_is_said_and_the_runs_have_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(
+        tmp_path, objective={"name": "rwr", "temperature": 0.5}, compare={"objectives": ["rwr", "sft"], "seeds": 1}
+    )
+    assert [job.config.objective for job in objective_jobs(config, 0, False)] == [
+        {"name": "rwr", "temperature": 0.5},
+        "sft",
+    ]
+    console = Console(record=True, width=200)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rwft.compare, "run_all", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, console=console)
+    assert "gives them: rwr(temperature=0.5); with their defaults: sft\n" in console.export_text()
 
 
 def test_the_baseline_must_be_among_the_objectives(tmp_path: Path) -> None:
