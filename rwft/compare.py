@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rwft.comparison import PRIOR, Comparison, Outcome, summarise, table, title, to_csv
+from rwft.comparison import PRIOR, Comparison, Outcome, of_the_logs, summarise, table, title, to_csv
 from rwft.config import CompareConfig, Config, load_config, plain, to_yaml
 from rwft.errors import ConfigError, RwftError, did_you_mean
 from rwft.redaction import redact
@@ -62,7 +62,7 @@ def compare(config: Config, *, fresh: bool = False, console: Any = None, command
         folder = Path(config.output).expanduser()
         headline = write_all(config, result, folder, command)
         display.table(title(result), *table(result))
-        display.say(headline, f"report: {folder / 'report.html'}")
+        display.say(*of_the_logs(result), headline, f"report: {folder / 'report.html'}")
         display.say(f"runs, compare.json, compare.csv, compare.png and compare.yaml: {folder}")
     return result
 

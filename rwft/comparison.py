@@ -57,6 +57,15 @@ class Comparison:
     behavior: float | None
     behavior_exact: bool
 
+    @property
+    def level(self) -> float | None:
+        """`behavior`; None where scores lie in 0..1 and the logged rewards' mean does not: that is another scale."""
+        scores = [s.success for s in self.summaries if s.success is not None]
+        if self.behavior is None or self.behavior_exact or not scores:
+            return self.behavior
+        rates = BAND[0] <= min(scores) and max(scores) <= BAND[1]
+        return None if rates and not BAND[0] <= self.behavior <= BAND[1] else self.behavior
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         return asdict(self)
@@ -117,9 +126,9 @@ def table(result: Comparison) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the printed table."""
     known = [name for name in COLUMNS if any(name in s.held_out for s in result.summaries)]
     names = known[1:] if len(known) == len(COLUMNS) else known[:1]
-    head = ["objective", "success", "95% interval", "vs logs", *(COLUMNS[name] for name in names)]
+    head = ["objective", "score", "95% interval", "vs logs", *(COLUMNS[name] for name in names)]
     body = [
-        [s.label, *_score(s, result.behavior), *(s.held_out.get(name, "") for name in names)] for s in result.summaries
+        [s.label, *_score(s, result.level), *(s.held_out.get(name, "") for name in names)] for s in result.summaries
     ]
     return head, body
 
@@ -134,7 +143,19 @@ def _score(s: Summary, behavior: float | None) -> list[str]:
 
 def title(result: Comparison) -> str:
     """What stands above the printed table."""
+    scored = any(s.success is not None for s in result.summaries)
+    return f"{'score: the verifier, on held-out prompts' if scored else 'held-out rows'}; NLL in nats a token"
+
+
+def of_the_logs(result: Comparison) -> list[str]:
+    """What is known of the policy that wrote the logs, and whether scores are to be compared with it."""
     if result.behavior is None:
-        return "held-out rows (NLL in nats a token)"
-    kind = "exact" if result.behavior_exact else "as logged"
-    return f"the logs' own rate of success, held out: {result.behavior:.3f} ({kind}); NLL in nats a token"
+        return []
+    if result.behavior_exact:
+        return [f"the policy that wrote the logs scores {result.behavior:.3f} (exact)"]
+    rewards = f"mean reward that the held-out rows were logged with: {result.behavior:.4g}"
+    if all(s.success is None for s in result.summaries):
+        return [rewards]
+    if result.level is None:
+        return [f"{rewards}, on another scale than the scores, so that they are not compared"]
+    return [f"{rewards} (vs logs: to be compared with scores only if the verifier scores as the logs were rewarded)"]

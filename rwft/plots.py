@@ -62,15 +62,16 @@ def _draw_success(axis: Any, result: Comparison) -> None:
         axis.hlines(index, s.low, s.high, color=colour, linewidth=2.2, alpha=0.55)
         axis.plot(seeds, [index] * len(seeds), ".", color=colour, markersize=4, alpha=0.6)
         axis.plot([s.success], [index], "o", color=colour, markersize=5.5)
-    if result.behavior is not None:
-        axis.axvline(result.behavior, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    if result.level is not None:
+        axis.axvline(result.level, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 7, "va": "bottom"}
-        axis.annotate("behaviour policy", (result.behavior, 1), xycoords=("data", "axes fraction"), **place)
+        what = "behaviour policy" if result.behavior_exact else "mean logged reward"
+        axis.annotate(what, (result.level, 1), xycoords=("data", "axes fraction"), **place)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     for index, tick in enumerate(axis.get_yticklabels()):
         tick.set_color(look(index)["color"])
     axis.invert_yaxis()
-    axis.set_xlabel("success on held-out prompts (mean and 95% interval over seeds)", fontsize=8)
+    axis.set_xlabel("score on held-out prompts (mean and 95% interval over seeds)", fontsize=8)
     _plain(axis)
 
 

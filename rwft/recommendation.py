@@ -269,7 +269,9 @@ def _cautions(
     if base is None:
         out.append(f"{baseline} was not among the objectives: whether another is better than it is not known.")
     if behavior is None:
-        out.append("The logs' own rate is not known (no rewards): whether a policy beats what wrote them is open.")
+        out.append(
+            "The logs' own rate is not known on the scores' scale: whether a policy beats what wrote them is open."
+        )
     elif not exact:
         out.append(
             f"The logs' rate ({behavior:.4g}) is the mean reward of held-out rows: a fair comparison only if the "

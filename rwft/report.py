@@ -78,7 +78,7 @@ def gather(config: Config, result: Comparison, command: str | None = None) -> Re
     baseline = next((f for f in found if f.label == config.compare.baseline), None)
     surer = {f.label: sharper(f, baseline) for f in found}
     candidates = [f.candidate(surer[f.label]) for f in found]
-    advice = recommend(candidates, config.compare.baseline, result.behavior, result.behavior_exact)
+    advice = recommend(candidates, config.compare.baseline, result.level, result.behavior_exact)
     places = _short_names(row.place for f in found for row in _rows(f))
     return Report(config, result, tuple(found), advice, surer, command or "rwft compare compare.yaml", places)
 
@@ -141,7 +141,8 @@ class _View:
         self._report, self._drawn = report, drawn
         self.title, self.findings, self.recommendation = report.title, report.findings, report.recommendation
         self.baseline, self.command, self.place = report.baseline, report.command, report.place
-        self.behavior, self.exact = report.result.behavior, report.result.behavior_exact
+        self.behavior, self.exact = report.result.level, report.result.behavior_exact
+        self.apart = report.result.behavior if self.behavior is None else None  # the logs', on another scale
         self.scored = any(f.summary.success is not None for f in report.findings)
         self.sections = list(SECTIONS.items())
         self.settings = to_yaml(report.config)

@@ -39,10 +39,12 @@ from rwft.comparison import (
     Outcome,
     Summary,
     interval,
+    of_the_logs,
     summarise,
     summary,
     t_quantile,
     table,
+    title,
     to_csv,
 )
 from rwft.config import CompareConfig, LoraConfig, TrainConfig, load_config, resolve
@@ -266,7 +268,7 @@ def test_table_says_where_the_interval_lies() -> None:
     bounds = {"a": (0.57, 0.4, 0.6), "b": (0.7, 0.56, 0.8), "c": (0.2, 0.1, 0.54), "d": (0.53, 0.5, 0.6)}
     rows = tuple(Summary(label, 3, *bound, FIGURES) for label, bound in bounds.items())
     head, body = table(Comparison(rows, (), 0.55, True))
-    assert head == ["objective", "success", "95% interval", "vs logs", "NLL good", "NLL bad"]
+    assert head == ["objective", "score", "95% interval", "vs logs", "NLL good", "NLL bad"]
     assert [row[:4] for row in body] == [
         ["a", "0.570", "0.400-0.600", "covers"],
         ["b", "0.700", "0.560-0.800", "above"],
@@ -276,6 +278,39 @@ def test_table_says_where_the_interval_lies() -> None:
     assert body[0][4:] == [0.1, 0.5]
     head, body = table(Comparison((Summary("a", 1, None, None, None, {"nll/mean": 0.3}),), (), None, False))
     assert (head[4:], body) == (["NLL"], [["a", "", "", "", 0.3]])
+
+
+@pytest.mark.parametrize(
+    ("score", "behavior", "exact", "level", "side", "said"),
+    [
+        ((0.7, 0.6, 0.8), 0.55, True, 0.55, "above", "the policy that wrote the logs scores 0.550 (exact)"),
+        ((0.7, 0.6, 0.8), 0.55, False, 0.55, "above", "logged with: 0.55 (vs logs: to be compared with scores only if"),
+        ((0.7, 0.6, 0.8), 1.0, False, 1.0, "below", "logged with: 1 (vs logs: "),
+        ((0.0, 0.0, 1.0), 0.0, False, 0.0, "covers", "logged with: 0 (vs logs: "),
+        (
+            (0.7, 0.6, 0.8),
+            7.25,
+            False,
+            None,
+            "",
+            "logged with: 7.25, on another scale than the scores, so that they are",
+        ),
+        ((0.7, 0.6, 0.8), -3.2, False, None, "", "logged with: -3.2, on another scale than the scores"),
+        ((7.0, 6.0, 8.0), 7.25, False, 7.25, "covers", "logged with: 7.25 (vs logs: "),
+        ((1.1, 0.6, 1.2), 7.25, False, 7.25, "below", "logged with: 7.25 (vs logs: "),
+        ((None, None, None), 7.25, False, 7.25, "", "logged with: 7.25"),
+        ((0.7, 0.6, 0.8), None, False, None, "", ""),
+    ],
+)
+def test_scores_are_compared_with_logs_on_their_scale_alone(
+    score: Any, behavior: float | None, exact: bool, level: float | None, side: str, said: str
+) -> None:
+    result = Comparison((Summary("a", 3, *score, FIGURES),), (), behavior, exact)
+    assert result.level == level
+    assert table(result)[1][0][3] == side
+    lines = of_the_logs(result)
+    assert [said in line for line in lines] == [True] * bool(said)
+    assert ("score" in title(result)) == (score[0] is not None)
 
 
 def test_csv_has_a_line_a_run() -> None:
@@ -448,6 +483,21 @@ def test_logged_rewards_stand_in_for_the_behaviour_policy(tmp_path: Path) -> Non
     result = compare(config)
     assert (result.behavior, result.behavior_exact) == (0.25, False)
     assert result.summaries[0].success is None
+
+
+def test_graded_rewards_are_kept_apart_from_scores_in_every_output(tmp_path: Path) -> None:
+    """Ratings of 1 to 10, whose mean is 5, beside a verifier that gives 0 or 1."""
+    rows = [{"prompt": f"{i}>", "completion": "b", "reward": 2.0 + 6.0 * (i % 2)} for i in range(16)]
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "train.jsonl"), "eval_path": str(tmp_path / "held.jsonl"), "adapter": "scored"}
+    scored = {"verifier": {"name": "regex", "pattern": "b"}, "max_new_tokens": 2}
+    console = Console(record=True, width=300)
+    compare(settings(tmp_path, data=data, evaluate=scored, compare={"seeds": 1}), console=console)
+    assert "logged with: 5, on another scale than the scores, so that they are not compared\n" in console.export_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "logged with a mean reward of 5, which is on another scale than the scores and so not compared" in page
+    assert "The vertical line" not in page
 
 
 def test_adapters_on_a_prior(tmp_path: Path) -> None:
