@@ -140,7 +140,7 @@ def evaluate_command(run: str, overrides: Sequence[str], console: Any = None) ->
     title = f"{result.model} on {result.rows} held-out rows"
     display = Display(console, main=True)
     display.table(title, ["figure", "value"], _figures(result))
-    if len(result.by_temperature) > 1 or result.baseline:
+    if len(result.by_temperature) > 1:
         display.table("by temperature", *_temperature_table(result))
     if result.sharpening is not None:
         display.say(f"{result.sharpening.verdict}: {result.sharpening.statement}")
@@ -182,11 +182,13 @@ def _figures(result: Evaluation) -> list[tuple[str, Any]]:
         out.append(("reward that the rows were logged with", result.behavior))
     if result.off_policy is not None:
         out += off_policy_figures(result.off_policy)
-    if len(result.by_temperature) == 1 and not result.baseline:
+    if len(result.by_temperature) == 1:
         s = result.by_temperature[0]
         out.append((f"{s.verifier}, {s.prompts} prompts x {s.samples}", _interval(s)))
         out += [(f"pass@{k}", f"{value:.4g}  {_bounds(*s.pass_at_interval[k])}") for k, value in s.pass_at.items()]
         out.append(("ran into max_new_tokens", s.unfinished))
+        out += [("the start's", _interval(start)) for start in result.baseline]
+        out += [("gain", _interval(gain)) for gain in (result.sharpening.gains if result.sharpening else ())]
     return out
 
 

@@ -20,11 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rwft.config import EvaluateConfig, resolve
 from rwft.data.characters import character_tokenizer
 from rwft.errors import ConfigError, DataError, ObjectiveError
-from rwft.evaluate import evaluate, evaluate_command, evaluation_config
+from rwft.evaluate import Evaluation, evaluate, evaluate_command, evaluation_config
 from rwft.policy import Policy
 from rwft.sampling import Prompt, held_out_prompts, left_pad, sample, sample_reward, stop_ids
 from rwft.scores import (
+    Gain,
     Sampled,
+    Sharpening,
     difference_interval,
     mean_interval,
     pass_at,
@@ -654,6 +656,50 @@ def test_several_temperatures(config: Any, tmp_path: Path) -> None:
     stored = json.loads(json.dumps(result.to_json()))
     assert [one["temperature"] for one in stored["by_temperature"]] == [0.3, 1.0]
     assert "by temperature" in console.export_text()
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 0.3)])
+def test_what_was_sampled_stands_in_one_table(
+    temperatures: tuple[float, ...], monkeypatch: pytest.MonkeyPatch, config: Any
+) -> None:
+    """Made-up figures, each another one: whatever the number of temperatures, every figure is printed once."""
+    from rich.console import Console
+
+    ours = tuple(
+        Sampled(
+            "caesar",
+            62,
+            4,
+            t,
+            0,
+            0.61 + t / 100,
+            0.51,
+            0.71,
+            0.125,
+            {1: 0.61, 4: 0.81},
+            (),
+            {1: (0.52, 0.72), 4: (0.77, 0.84)},
+        )
+        for t in temperatures
+    )
+    begun = tuple(replace(one, mean=one.mean - 0.3, low=0.21, high=0.41) for one in ours)
+    gains = tuple(Gain(t, 0.3, 0.22, 0.38) for t in temperatures)
+    found = Evaluation(
+        "m", 62, {"nll/mean": 0.5}, sampled=ours[0], by_temperature=ours, baseline=begun,
+        sharpening=Sharpening("unknown", "cannot be told", gains),
+    )  # fmt: skip
+    monkeypatch.setattr("rwft.evaluate.evaluation_config", lambda *_: (config, None, None, None))
+    monkeypatch.setattr("rwft.evaluate.evaluate", lambda *_: found)
+    console = Console(record=True, file=io.StringIO(), width=160)
+    evaluate_command("run", [], console)
+    text = console.export_text()
+    assert ("by temperature" in text) == (len(temperatures) > 1)
+    for one, start in zip(ours, begun, strict=True):
+        assert text.count(f"{one.mean:.4g}  [0.51, 0.71]") == 1
+        assert text.count(f"{start.mean:.4g}  [0.21, 0.41]") == 1
+    for figure in ("[0.77, 0.84]", "0.3  [0.22, 0.38]", "0.125"):
+        assert text.count(figure) == len(temperatures), figure
+    assert text.count("cannot be told") == 1
 
 
 def as_plain(config: Any) -> dict[str, Any]:
