@@ -669,11 +669,37 @@ def test_the_description_names_roles_and_what_is_ignored() -> None:
             {"input": "q", "output": "a", "rating": 0.7},
             ["{name: scored, prompt: input, completion: output, reward: rating}"],
         ),
-        (HELP, ["attributes lacks weights", "{name: prompt_completion, completion: response}"]),
+        (
+            HELP,
+            [
+                "attributes lacks weights: `adapter: {name: attributes, ",
+                "weights: ",
+                "{name: prompt_completion, completion: response}",
+            ],
+        ),
         ({"prompt": [user("q")], "reward_model": {"ground_truth": "2"}}, ["lacks completion (text or messages)"]),
         (
             {"promt": "q", "completion": "a", "reward": 1.0},
-            ["scored lacks prompt (text or messages; is it 'promt'?)"],
+            ["scored lacks prompt (text or messages; is it 'promt'?): `adapter: {name: scored, prompt: promt}`"],
+        ),
+        (
+            {"question": "q", "score": 1.0},
+            [
+                "nearest: scored lacks completion (text or messages): "
+                '`adapter: {name: scored, prompt: question, completion: "<column>", reward: score}`;'
+            ],
+        ),
+        (
+            {"completion": "a", "reward": 1.0},
+            ['nearest: scored lacks prompt (text or messages): `adapter: {name: scored, prompt: "<column>"}`;'],
+        ),
+        (
+            {"question": "q", "answer": "a", "rating": "4"},
+            [
+                "nearest: `adapter: {name: prompt_completion, prompt: question, completion: answer}` (ignores rating);",
+                "scored lacks reward (number; 'rating' holds text): "
+                "`adapter: {name: scored, prompt: question, completion: answer, reward: rating}`",
+            ],
         ),
         (CHAT | {"label": True}, ["`adapter: messages` (ignores label)"]),
         (SCORED | {"advantage": 0.3}, ["`adapter: scored` (ignores advantage)"]),

@@ -300,38 +300,60 @@ def _nearest(columns: Columns) -> str:
 
 
 def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str]:
-    """How far a format is (columns missing or left over, those missing, those renamed), and what to write."""
+    """How far a format is (columns missing or left over, those absent, those renamed), and what to write."""
     settings: dict[str, Any] = {}
     missing: list[str] = []
+    absent = 0
     free = dict(columns)
     wanted = columns_of(entry)
     for setting in (s for s in wanted.values() if not s.optional):
         name = _find(setting, free, entry.name not in NOT_LOGGED)
         if name is None:
-            missing.append(_lacking(setting, free))
+            other = _other_kind(setting, free)
+            near = _misspelt(setting, free)
+            missing.append(_lacking(setting, free, other, near))
+            settings[setting.name] = other or near or "<column>"
+            absent += other is None
+            free.pop(other or "", None)
             continue
         free.pop(name)
         if name != setting.default:
             settings[setting.name] = name
-    renamed = len(settings)
+    renamed = len(settings) - len(missing)
     optional = _fill(entry, free, {})
     settings |= optional
     free = {name: held for name, held in free.items() if name not in optional.values()}
     needs = [name for name, s in entry.settings.items() if s.required and name not in wanted]
     missing += needs
+    settings |= {name: EXAMPLES.get(name, "...") for name in needs}
     left = _left_over(entry, list(free), columns)
     if "weights" in needs:
         left = [name for name in left if name not in _weighable(entry, columns)]
     if missing:
-        return (len(missing) + len(left), len(missing), renamed), f"{entry.name} lacks {', '.join(missing)}"
+        lacking = f"{entry.name} lacks {', '.join(missing)}: `{yaml_line(entry.name, settings)}`"
+        return (len(missing) + len(left), absent + len(needs), renamed), lacking
     ignoring = f" (ignores {', '.join(left)})" if left else ""
     return (len(left), 0, renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
 
 
-def _lacking(setting: ColumnSetting, columns: Columns) -> str:
-    near = [name for name in difflib.get_close_matches(setting.name, columns, n=1) if _holds(setting, columns[name])]
-    hint = f"; is it '{near[0]}'?" if near else ""
+def _other_kind(setting: ColumnSetting, columns: Columns) -> str | None:
+    """The column that goes by a name of this setting, which is to be a number, but holds text or something else."""
+    if "number" not in setting.holds.kinds:
+        return None
+    names = (setting.name, *next((group for group in SYNONYMS if setting.name in group), ()))
+    return next((name for name in names if columns.get(name)), None)
+
+
+def _lacking(setting: ColumnSetting, columns: Columns, other: str | None, near: str | None) -> str:
+    hint = f"; is it '{near}'?" if near else ""
+    if other is not None:
+        hint = f"; '{other}' holds {' and '.join(sorted(columns[other] or ()))}"
     return f"{setting.name} ({' or '.join(setting.holds.kinds)}{hint})"
+
+
+def _misspelt(setting: ColumnSetting, columns: Columns) -> str | None:
+    near = difflib.get_close_matches(setting.name, columns, n=1)
+    return next((name for name in near if _holds(setting, columns[name])), None)
 
 
 def _find(setting: ColumnSetting, columns: Columns, renamed: bool) -> str | None:
