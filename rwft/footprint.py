@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rwft.config import ModelConfig
 from rwft.errors import PolicyError
 from rwft.head import chunk_rows
-from rwft.policy import DTYPES, Policy, _add_lora, _check_model, _checkpoint_activations, _load_causal
+from rwft.policy import DTYPES, Policy, add_lora, check_model, checkpoint_activations, load_causal
 from rwft.softmax import precision
 
 
@@ -131,13 +131,13 @@ def _without_weights(config: ModelConfig) -> Policy:
     trained = torch.float32 if config.dtype == "bfloat16" and config.lora is None else DTYPES[config.dtype]
     attention = "eager" if config.attention == "eager" else "auto"  # the other kinds keep the same
     if config.path is None:
-        model = _load_causal(None, None, trained, attention, config.config, 0)
+        model = load_causal(None, None, trained, attention, config.config, 0)
     else:
         model = _from_files(config.path, config.revision, trained, attention)
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     if config.lora is not None:
-        model = _add_lora(model, config, 0)
+        model = add_lora(model, config, 0)
     return Policy(model.train(), config.dtype)
 
 
@@ -145,7 +145,7 @@ def _from_files(path: str, revision: str | None, dtype: torch.dtype, attention: 
     """The architecture that a folder or the Hub describes; the files that hold weights are not opened."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_model(path, revision)
+    check_model(path, revision)
     try:
         architecture = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(

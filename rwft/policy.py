@@ -147,19 +147,20 @@ def load_policy(config: ModelConfig, seed: int, device: torch.device | str = "cp
     plain projection of its last hidden state.
     """
     trained = torch.float32 if config.dtype == "bfloat16" and config.lora is None else DTYPES[config.dtype]
-    model = _load_causal(config.path, config.revision, trained, config.attention, config.config, seed)
-    _check_head(model)
+    model = load_causal(config.path, config.revision, trained, config.attention, config.config, seed)
+    check_head(model)
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     if config.lora is not None:
-        model = _add_lora(model, config, seed)
+        model = add_lora(model, config, seed)
     policy = Policy(model, config.dtype).to(device)
     if config.compile:
         _compile_layers(policy)
     return policy
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
+    """Keep no activations of a block; make them again in the backward pass."""
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.20 or so
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
@@ -178,15 +179,19 @@ def _compile_layers(policy: Policy) -> None:
 
 def load_frozen(config: FrozenConfig, dtype: str, attention: str, device: torch.device | str) -> Policy:
     """A frozen model that only gives log-probabilities."""
-    model = _load_causal(config.path, config.revision, DTYPES[dtype], attention, None, 0)
-    _check_head(model)
+    model = load_causal(config.path, config.revision, DTYPES[dtype], attention, None, 0)
+    check_head(model)
     policy = Policy(model, dtype).to(device).eval()
     return policy.requires_grad_(False)
 
 
-def _load_causal(
+def load_causal(
     path: str | None, revision: str | None, dtype: torch.dtype, attention: str, config: Any, seed: int
 ) -> Any:
+    """The Hugging Face model of a folder or Hub name, or of an architecture alone, with random weights from `seed`.
+
+    Raises PolicyError for a model that does not exist or names code.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -205,7 +210,7 @@ def _load_causal(
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=False,
         )
-    _check_model(path, revision)
+    check_model(path, revision)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -229,7 +234,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
         return character_tokenizer()
     assert name is not None
-    _check_model(name, config.revision)
+    check_model(name, config.revision)
     try:
         return AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -237,7 +242,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise PolicyError(f"{key} '{name}': no tokenizer can be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
-def _check_model(path: str, revision: str | None) -> None:
+def check_model(path: str, revision: str | None) -> None:
     """Refuse what names code or kernels to fetch, before transformers reads it."""
     folder = Path(path).expanduser()
     if folder.exists():
@@ -299,7 +304,7 @@ def refuse_code(config: Mapping[str, Any], where: str) -> None:
             refuse_code(value, f"{where}: {key}")
 
 
-def _check_head(model: Any) -> None:
+def check_head(model: Any) -> None:
     """Refuse a model whose logits are not cap(scale * (hidden @ W.T + b)): its log-probabilities would be wrong."""
     head = model.get_output_embeddings()
     name = type(model).__name__
@@ -325,7 +330,8 @@ def _check_head(model: Any) -> None:
         )
 
 
-def _add_lora(model: Any, config: ModelConfig, seed: int) -> Any:
+def add_lora(model: Any, config: ModelConfig, seed: int) -> Any:
+    """The model with adapters as `config.lora` says. Raises PolicyError for targets that cannot be adapted."""
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 

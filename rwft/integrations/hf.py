@@ -23,7 +23,7 @@ from rwft.errors import ConfigError, DataError, ObjectiveError, PolicyError, did
 from rwft.estimator import NORMALIZERS, Counts, count, weight_statistics
 from rwft.head import HeadResult, distribution_signals, weighted_loss
 from rwft.metrics import Meter
-from rwft.policy import Policy, _check_head
+from rwft.policy import Policy, check_head
 from rwft.signals import SIGNALS
 from rwft.step import Weigher
 from rwft.weighting import Objective, build_objective
@@ -369,4 +369,4 @@ def refuse_model(policy: Policy) -> None:
         raise PolicyError(f"model {name}: its output head is a {found}; expected a Linear: leave it out of the adapter")
     if getattr(causal.config, "output_router_logits", False):
         raise PolicyError(f"model {name}: adds a loss of its router; set config.output_router_logits=False")
-    _check_head(causal)
+    check_head(causal)
