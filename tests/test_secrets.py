@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rwft.config import ConfigError, load_config, resolve, to_yaml
+from rwft.loop import train
 from rwft.redaction import redact, secret_in
 from tests.test_preemption import command, start, steps_logged, wait_for
 from tests.tiny import tiny
@@ -88,6 +91,25 @@ def hits(folder: Path) -> list[str]:
 def test_the_search_finds_a_canary(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"\x00" + CANARY.encode())
     assert len(hits(tmp_path)) == 1
+
+
+@pytest.mark.usefixtures("secrets")
+def test_the_error_in_the_status_of_a_failed_run_holds_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of somebody's library, on several lines, that repeats everything it was given."""
+    said = f"no access\nto https://me:{CANARY}@host/x with {' and '.join(ENVIRONMENT.values())}"
+
+    def fails(*_: Any) -> None:
+        raise PermissionError(said)
+
+    monkeypatch.setattr("rwft.loop.optimiser_step", fails)
+    with pytest.raises(PermissionError):
+        train(tiny(tmp_path))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["error"] == "PermissionError: no access to https://***@host/x with *** and *** and ***"
+    assert status["state"] == "failed"
+    assert hits(tmp_path) == []
 
 
 @pytest.mark.slow
