@@ -234,12 +234,21 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
         return character_tokenizer()
     assert name is not None
-    check_model(name, config.revision)
+    if config.tokenizer is None or not _is_tokenizer(Path(name).expanduser()):
+        check_model(name, config.revision)
     try:
         return AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         key = "model.tokenizer" if config.tokenizer else "model.path"
         raise PolicyError(f"{key} '{name}': no tokenizer can be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer and no model; refused is also what such a folder names of code."""
+    if (folder / "config.json").exists() or not (folder / "tokenizer.json").is_file():
+        return False
+    _refuse_named_code(folder)
+    return True
 
 
 def check_model(path: str, revision: str | None) -> None:
@@ -265,6 +274,10 @@ def _check_folder(path: str, folder: Path) -> None:
         raise PolicyError(f"model '{path}': holds a LoRA adapter; give its base model, or export with model.lora.merge")
     if not (folder / "config.json").is_file():
         raise PolicyError(f"model '{path}': the folder has no config.json; expected a Hugging Face model folder")
+    _refuse_named_code(folder)
+
+
+def _refuse_named_code(folder: Path) -> None:
     for name in CONFIGS:
         if (folder / name).is_file():
             refuse_code(_read_json(folder / name), str(folder / name))

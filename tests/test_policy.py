@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from rwft.config import FrozenConfig, LoraConfig, ModelConfig
+from rwft.data.characters import character_tokenizer
 from rwft.errors import PolicyError
 from rwft.head import HeadResult
 from rwft.loop import train
@@ -183,6 +184,35 @@ def test_a_model_folder_that_names_code_is_refused(key: str, value: Any, tmp_pat
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(PolicyError, match=key):
         load_policy(ModelConfig(path=str(folder)), seed=0)
+
+
+def test_a_folder_may_hold_a_tokenizer_alone_where_a_tokenizer_is_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "letters"
+    character_tokenizer().save_pretrained(folder)
+    assert not (folder / "config.json").exists()
+    given = tiny(tmp_path, f"model.tokenizer={folder}")
+    assert load_tokenizer(given.model).get_vocab() == character_tokenizer().get_vocab()
+    train(given)
+    train(tiny(tmp_path, name="built"))  # with the same tokenizer, made in code
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "built"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(PolicyError, match=r"letters': the folder has no config.json; expected a .* model folder"):
+        load_policy(ModelConfig(path=str(folder)), seed=0)
+    with pytest.raises(PolicyError, match=r"letters': the folder has no config.json"):
+        load_tokenizer(ModelConfig(path=str(folder)))  # what lacks there is the model
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        with pytest.raises(PolicyError, match=f"{name}'"):
+            load_tokenizer(ModelConfig(config=MODEL, tokenizer=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("key", ["auto_map", "custom_pipelines"])
+def test_a_folder_with_a_tokenizer_that_names_code_is_refused(key: str, tmp_path: Path) -> None:
+    character_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: {"AutoTokenizer": ["evil.T", None]}}))
+    with pytest.raises(PolicyError, match=f"tokenizer_config.json: '{key}' names code"):
+        load_tokenizer(ModelConfig(config=MODEL, tokenizer=str(tmp_path)))
 
 
 def test_the_exported_folder_is_a_plain_model(tmp_path: Path) -> None:
