@@ -15,6 +15,7 @@ from rwft.config import Config, load_config, resolve
 from rwft.data.adapters import read_examples
 from rwft.data.example import Message
 from rwft.data.prepare import Prepared, prepare
+from rwft.idle import idle_note
 from rwft.progress import Display
 from rwft.temperature import data_weights, effective_sample_size, fit_temperatures, fitted_sentences, sweeps
 from rwft.weighting import Objective, build_objective
@@ -80,6 +81,7 @@ def inspect_config(config: Config, display: Display) -> None:
     fitted = fit_temperatures(objective, data)
     display.say(*fitted_sentences(objective, fitted))
     show_weights(fitted, data, display)
+    display.say(*(idle_note(fitted, data) or ["no row has weight zero by data alone"]))
     show_temperatures(fitted, data, display)
 
 

@@ -23,10 +23,11 @@ from rwft.data.prepare import Prepared, prepare
 from rwft.data.shared import sharing
 from rwft.errors import ConfigError, did_you_mean
 from rwft.footprint import Footprint, Outline, activations
+from rwft.idle import idle_rows
 from rwft.policy import load_tokenizer
 from rwft.progress import Display
 from rwft.regularizers import build_regularizers
-from rwft.setup import make_plan, zero_weight_rows
+from rwft.setup import make_plan
 from rwft.temperature import fit_temperatures
 from rwft.weighting import Objective, build_objective
 
@@ -115,7 +116,7 @@ def describe(config: Config, processes: int, engine: str, display: Display) -> N
     display.say(
         *data.report.lines(),
         f"{len(data.train)} rows to train on, {held_out} held out; "
-        f"{int(zero_weight_rows(objective, data).sum())} of weight zero by data alone",
+        f"{int(idle_rows(objective, data).sum())} of weight zero by data alone",
         f"rows were tokenised into {cache}; no weights were loaded, and nothing was written into {config.output}",
         f"{size.parameters:,} parameters, {size.trained:,} of them trained ({size.trained / size.parameters:.3g})",
     )

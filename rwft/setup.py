@@ -83,6 +83,8 @@ def check_trackers(names: Any) -> None:
 
 def prepare_training(config: Config, accelerator: Any, folder: RunFolder, display: Display) -> Training:
     """The cheap checks first (objective, data), then the model, then what the objective reads from frozen ones."""
+    from rwft.idle import idle_note
+
     objective = build_objective(config.objective)
     reads = objective.reads | {*config.train.watch}
     penalties = tuple(build_regularizers(config.regularize))
@@ -91,6 +93,7 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     data = prepare_once(config, tokenizer, reads, cache, accelerator, display)
     wanted, objective = objective, fit_temperatures(objective, data)
     display.say(*data.report.lines(), *unread_settings(config, objective, data), *fitted_sentences(wanted, objective))
+    display.say(*idle_note(objective, data))
     refuse_engine(config, accelerator)
     policy = load_policy(config.model, config.train.seed, accelerator.device)
     check_room(policy, data)
