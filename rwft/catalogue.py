@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rwft.errors import ConfigError
+from rwft.formulas import for_terminal
 from rwft.registry import Entry, Setting, place
 from rwft.signals import SIGNALS
 from rwft.weighting import objective
@@ -83,9 +84,9 @@ def describe(name: str) -> str:
     penalty = next((entry for entry in regularizers() if entry.name == name), None)
     entry = penalty or objective.entry(name)
     words, formula = headline(entry)
-    lines = [entry.name, "", *_wrap(f"{words}: {formula}" if formula else words), ""]
+    lines = [entry.name, "", *_wrap(for_terminal(f"{words}: {formula}" if formula else words)), ""]
     for part, text in parts(entry).items():
-        lines += _wrap(f"{part}: {text}", hang=2)
+        lines += _wrap(for_terminal(f"{part}: {text}"), hang=2)
     reads = penalty_lines(penalty) if penalty else reads_lines(entry) or ["Reads nothing."]
     trained = "A regularizer, with a `coef`, beside any objective." if penalty else locality(entry)
     lines += ["", *reads, "", *(settings_lines(entry) or ["No settings."])]

@@ -1,5 +1,7 @@
 """What is said of the objectives: on the command line, on the generated page, and in its figures."""
 
+# ruff: noqa: RUF001 - Greek letters are meant
+
 from __future__ import annotations
 
 import math
@@ -14,6 +16,7 @@ from rwft.catalogue import describe, draw, families, headline, overview, parts
 from rwft.catalogue_page import opening, page
 from rwft.curves import curves
 from rwft.errors import ObjectiveError
+from rwft.formulas import for_terminal
 from rwft.testing import check_objective
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -75,7 +78,7 @@ def test_no_sentence_of_a_docstring_is_lost() -> None:
 
 def test_describe_dft() -> None:
     text = describe("dft")
-    assert "Dynamic fine-tuning: $w_t = p_t$\n" in text
+    assert "Dynamic fine-tuning: w_t = p_t\n" in text
     assert "Reads logp (b t), from the head: log-probability of the target token" in text
     assert "\nNo settings.\n" in text
     assert "A weight depends on its own position alone.\n" in text
@@ -219,8 +222,33 @@ def cubed(logp: Tensor) -> Tensor:
 '''
     )
     text = describe(f"{file}:cubed")
-    assert "Cube of the probability: $w = p^3$" in text
+    assert "Cube of the probability: w = p^3" in text
     assert "sha256:" in text
     draw(f"{file}:cubed", tmp_path / "cubed.png")
     (curve,) = curves(rwft.build_objective(f"{file}:cubed"))
     torch.testing.assert_close(curve.w, curve.x**3, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("formula", "line"),
+    [
+        (r"$w = \min(e^{r/\tau}, c)$", "w = min(e^(r/τ), c)"),
+        (r"$r \min(\prod_t \rho_t, 1)$", "r min(∏_t ρ_t, 1)"),
+        (r"$e^{\kappa \, \mathrm{mean}_t(\log \pi - \log \pi_{ref})}$", "e^(κ mean_t(log π - log π_ref))"),
+        (r"$\frac{1}{V} \sum_v \frac{\beta}{2 + x}$", "1/V ∑_v β/(2 + x)"),
+        (r"$\sqrt{(1 - r_q) / r_q}$", "√((1 - r_q) / r_q)"),
+        (r"$1[\rho_t \text{ is not clipped}]$", "1[ρ_t is not clipped]"),
+        (r"$\bar H + \tilde\rho_j + \hat r_t$", "H\u0304 + ρ\u0303_j + r\u0302_t"),
+        (r"$\mathrm{KL}(\pi \| \pi_{ref}) \to \infty$", "KL(π || π_ref) → ∞"),
+        (r"at $\alpha$ as at $\unheard$, not $5 or `{a: 1}`", r"at α as at \unheard, not $5 or `{a: 1}`"),
+    ],
+)
+def test_formulas_for_a_terminal(formula: str, line: str) -> None:
+    assert for_terminal(formula) == line
+
+
+def test_nothing_is_left_of_latex_in_what_is_printed() -> None:
+    for name in [*NAMES, *PENALTIES]:
+        text = re.sub(r"`[^`]*`", "", describe(name))
+        assert not re.search(r"[\\${}]", text), (name, text)
+    assert "w = r if r > 0, else r min(∏_t ρ_t, 1)" in describe("topr")
