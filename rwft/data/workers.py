@@ -1,7 +1,7 @@
 """Tokenising in processes of their own: the same rows in the same order as without them, on more cores.
 
 Reading stays in the process that asked, which hands out blocks of examples and takes back their tokens in the order of
-the file. A worker is a new interpreter at the end of two pipes: no process with threads and devices is copied, the
+the file. A worker is a new interpreter at the end of a pipe: no process with threads and devices is copied, the
 user's script is not run again, and a worker whose parent is gone, however it went, finds its pipe closed and ends.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import queue
 import subprocess
 import sys
@@ -17,6 +16,9 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from rwft.config import DataConfig
@@ -27,6 +29,7 @@ from rwft.errors import RwftError
 
 MANY = 32 << 20  # bytes of data from which workers are worth their start (2 CPU seconds and 250 MiB each)
 FEWER = 20_000  # rows, where data.limit says how many
+STDERR = 2
 MOST = 8  # one process reads for all of them
 
 Block = list[Example]
@@ -39,7 +42,7 @@ def worker_count(config: DataConfig, path: Any) -> int:
         return int(config.workers)
     files = local_files(path)
     few = config.limit is not None and config.limit < FEWER
-    if few or files is None or sum(file.stat().st_size for file in files) < MANY:
+    if os.name != "posix" or few or files is None or sum(file.stat().st_size for file in files) < MANY:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST) if cores > 1 else 0
@@ -80,30 +83,35 @@ def _in_order(blocks: Iterable[Block], crew: _Crew, threads: ThreadPoolExecutor,
         raise problem
 
 
+@dataclass
+class _Worker:
+    """A process, and this end of the connection to it."""
+
+    process: subprocess.Popen[bytes]
+    line: Connection
+    instructed: bool = False  # has its Tokenize
+
+
 class _Crew:
     """Workers, each with one block at a time."""
 
     def __init__(self, tokenize: Tokenize, workers: int) -> None:
-        self.workers = [_start() for _ in range(workers)]
-        self.setup, self.ready = pickle.dumps(tokenize), set[int]()
-        self.free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self.tokenize, self.workers = tokenize, [_start() for _ in range(workers)]
+        self.free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self.workers:
             self.free.put(worker)
 
     def tokens(self, block: Block) -> list[Tokens | Dropped]:
         """What a free worker makes of the block. Raises what it raised; RwftError if it died."""
         worker = self.free.get()
-        assert worker.stdin is not None
-        assert worker.stdout is not None
         try:
-            if worker.pid not in self.ready:
-                worker.stdin.write(self.setup)
-                self.ready.add(worker.pid)
-            pickle.dump(block, worker.stdin, pickle.HIGHEST_PROTOCOL)
-            worker.stdin.flush()
-            made = pickle.load(worker.stdout)  # noqa: S301 - this program's own words
-        except (OSError, EOFError, pickle.UnpicklingError):
-            raise RwftError(_death(worker, block[0])) from None
+            if not worker.instructed:
+                worker.line.send(self.tokenize)
+                worker.instructed = True
+            worker.line.send(block)
+            made = worker.line.recv()
+        except (OSError, EOFError):
+            raise RwftError(_death(worker.process, block[0])) from None
         finally:
             self.free.put(worker)
         if isinstance(made, Exception):
@@ -113,15 +121,13 @@ class _Crew:
     def dismiss(self) -> None:
         """End all workers at once, whatever they do."""
         for worker in self.workers:
-            worker.kill()
+            worker.process.kill()
         for worker in self.workers:
-            worker.wait()
-            with contextlib.suppress(OSError), worker:  # closes its pipes; what was not yet sent has no reader left
-                pass
+            worker.process.wait()
 
 
-def _death(worker: subprocess.Popen[bytes], example: Example) -> str:
-    code = worker.wait()
+def _death(process: subprocess.Popen[bytes], example: Example) -> str:
+    code = process.wait()
     how = f"by signal {-code}" if code < 0 else f"with status {code}"
     return (
         f"{example.source}: a process that tokenised the rows from here on ended {how}, perhaps for want of memory; "
@@ -129,32 +135,30 @@ def _death(worker: subprocess.Popen[bytes], example: Example) -> str:
     )
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start() -> _Worker:
     """A new interpreter with this one's search path; the keyboard's interrupt is its parent's business."""
-    command = f"import sys; sys.path[:] = {sys.path!r}; from rwft.data.workers import serve; serve()"
+    ours, theirs = Pipe()
+    command = f"import sys; sys.path[:] = {sys.path!r}; from rwft.data.workers import serve; serve({theirs.fileno()})"
     surroundings = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        stdout=STDERR,  # what a library prints is not this command's output
         env=surroundings,
+        pass_fds=[theirs.fileno()],
         start_new_session=True,
     )
+    theirs.close()
+    return _Worker(process, ours)
 
 
-def serve() -> None:
-    """A worker's whole life: a Tokenize, then blocks, from its standard input, until that is closed."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
-    with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):
-        tokenize = _next()
+def serve(line: int) -> None:
+    """A worker's whole life: a Tokenize, then blocks, from the connection of this number, until that is closed."""
+    parent = Connection(line)
+    with contextlib.suppress(EOFError, OSError):
+        tokenize = parent.recv()
         while True:
-            pickle.dump(_made(tokenize, _next()), answers, pickle.HIGHEST_PROTOCOL)
-            answers.flush()
-
-
-def _next() -> Any:
-    return pickle.load(sys.stdin.buffer)  # noqa: S301 - its parent's words
+            parent.send(_made(tokenize, parent.recv()))
 
 
 def _made(tokenize: Tokenize, block: Block) -> list[Tokens | Dropped] | Exception:
