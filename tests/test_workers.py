@@ -251,6 +251,7 @@ def test_workers_end_with_their_parent_however_it_ends(how: signal.Signals) -> N
     pids = [int(parent.stdout.readline()) for _ in range(2)]
     assert parent.stdout.readline() == "made\n"
     assert not any(gone(pid) for pid in pids)
+    assert parent.pid not in map(os.getpgid, pids)  # a terminal's interrupt does not reach them
     os.killpg(parent.pid, how)  # as a terminal does
     _, said = parent.communicate(timeout=60)
     assert parent.returncode in (-how, 1)
