@@ -85,8 +85,14 @@ def summary(label: str, runs: Sequence[Outcome]) -> Summary:
     scores = [run.success for run in runs if run.success is not None]
     if len(scores) < len(runs):
         return Summary(label, len(runs), None, None, None, held_out)
-    low, high = (runs[0].low, runs[0].high) if len(runs) == 1 else interval(scores)
+    low, high = _of_prompts(runs) if len(set(scores)) == 1 else interval(scores)
     return Summary(label, len(runs), float(np.mean(scores)), low, high, held_out)
+
+
+def _of_prompts(runs: Sequence[Outcome]) -> tuple[float | None, float | None]:
+    """The runs' intervals over prompts, their bounds averaged: one seed, or seeds that agree, tell of no spread."""
+    low, high = zip(*((run.low, run.high) for run in runs), strict=True)
+    return (None, None) if None in (*low, *high) else (float(np.mean(low)), float(np.mean(high)))
 
 
 def interval(scores: Sequence[float]) -> tuple[float, float]:

@@ -166,6 +166,20 @@ def _mean_sample(seeds: Sequence[Sampled]) -> Sampled:
     )
 
 
+def start(found: Sequence[Finding]) -> Candidate | None:
+    """The policy that the runs started from, by the samples that `evaluate.baseline` asked for; None without them.
+
+    At the temperature that is compared; the runs of one seed start alike, so the first objective's serve.
+    """
+    for one in found:
+        each = [[sampled_from_json(s) for s in evaluation.get("baseline") or ()] for evaluation in one.evaluations]
+        at = one.temperatures[0].temperature if one.temperatures else None
+        alike = [s for seed in each for s in seed if s.temperature == at]
+        if alike and len(alike) == len(one.evaluations):
+            return Candidate("the start", tuple(s.mean for s in alike), np.array(_mean_sample(alike).per_prompt))
+    return None
+
+
 def sharper(one: Finding, baseline: Finding | None) -> Sharpening | None:
     """Whether the gain over the baseline is more than sharpening; None where that cannot be asked."""
     if baseline is None or one is baseline or len(one.temperatures) < 2:

@@ -24,8 +24,8 @@ class Difference:
 
     `p` is two-sided, for "there is none"; `deviation` the standard deviation of one seed's (or prompt's)
     difference. With several seeds and known prompts `p` is the larger of the two that seeds and prompts
-    give: a difference must hold for other seeds on these prompts, and for other prompts (seeds without any
-    spread leave it to the prompts).
+    give: a difference must hold for other seeds on these prompts, and for other prompts, of which a single
+    prompt says nothing. Seeds without any spread leave everything to the prompts.
     """
 
     mean: float
@@ -46,9 +46,11 @@ def difference(
     """
     seeds = over_seeds(ours, theirs)
     by_prompt = None if prompts is None else over_prompts(*prompts)
-    if seeds is None or by_prompt is None:
+    if seeds is None or prompts is None:
         return seeds or by_prompt
-    return replace(seeds, p=max(seeds.p, by_prompt.p) if seeds.deviation else by_prompt.p)
+    if by_prompt is None:
+        return replace(seeds, p=1.0)
+    return replace(seeds, p=max(seeds.p, by_prompt.p)) if seeds.deviation else by_prompt
 
 
 def over_seeds(ours: Sequence[float], theirs: Sequence[float]) -> Difference | None:

@@ -1,13 +1,14 @@
 """Which objective to deploy, if the figures say so: a pure function of them, with its reasons.
 
-A recommendation needs a mean score above the baseline's and above the behaviour policy's, each beyond what
-seeds and prompts explain, after Holm's adjustment for the number of objectives that were tried.
+A recommendation needs a mean score above the baseline's, above that of the policy as it started and above the
+behaviour policy's, each beyond what seeds and prompts explain, after Holm's adjustment for the number of
+objectives that were tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +20,7 @@ ALPHA = 0.05
 FAR = 0.5  # nats a token from the start: a rule of thumb, each token e^0.5 = 1.6 times as likely as at the start
 NEARER = 0.8  # of the best's distance: nearer than that is worth a word
 FEW = 3  # seeds, below which an interval over seeds says little
+FEW_PROMPTS = 20  # below which what they say of other prompts is rough
 SAID = 6  # objectives that a sentence names
 
 
@@ -62,28 +64,41 @@ class Recommendation:
 
 
 def recommend(
-    candidates: Sequence[Candidate], baseline: str = "sft", behavior: float | None = None, exact: bool = True
+    candidates: Sequence[Candidate],
+    baseline: str = "sft",
+    behavior: float | None = None,
+    exact: bool = True,
+    *,
+    start: Candidate | None = None,
+    pretrained: bool = False,
 ) -> Recommendation:
-    """The objective to deploy, from scores against `baseline` (a label) and the behaviour policy's rate.
+    """The objective to deploy, from scores against `baseline` (a label), the start and the behaviour policy's rate.
 
-    `exact` says that `behavior` is known, not the mean of logged rewards. The prior is no candidate.
+    `start` is the policy that training began with; a prior among the candidates is that, and no
+    candidate itself. `exact` says that `behavior` is known, not the mean of logged rewards,
+    `pretrained` that the start is no random model.
     """
     measured = [c for c in candidates if c.scores is not None]
     if not measured:
         return _unmeasured(candidates, behavior)
+    begun = next((c for c in measured if c.label == PRIOR), start)
+    begun = None if begun is None else replace(begun, label="the start")
     base = next((c for c in measured if c.label == baseline), None)
     others = [c for c in measured if c.label not in (baseline, PRIOR)]
     if not others:
         return Recommendation("undecided", None, f"Nothing was compared with {baseline}: name more objectives.")
+    logs = None if behavior is None else _level(others[0], behavior)
+    rivals = [c for c in (base, begun, logs) if c is not None]
     differences = {c.label: d for c in others if base and (d := _between(c, base)) is not None}
-    evidence = {c.label: _p_better(c, base, differences, behavior) for c in others}
-    adjusted = holm(evidence)
-    cautions = _cautions(measured, baseline, base, behavior, exact)
+    adjusted = holm({c.label: _p_better(c, rivals) for c in others})
     winners = sorted((c for c in others if adjusted[c.label] <= ALPHA), key=lambda c: -c.mean)
+    cautions = _cautions(measured, baseline, base, behavior, exact)
+    if pretrained and begun is None:
+        cautions += ("The start was not scored: whether it was any worse is not known (evaluate.baseline=true).",)
     if winners:
-        headline, reasons, more = _better(winners, others, base, behavior, differences, adjusted)
+        headline, reasons, more = _better(winners, others, rivals, base, adjusted)
         return Recommendation("better", winners[0].label, headline, reasons, (*more, *cautions), differences, adjusted)
-    verdict, headline, reasons = _not_better(others, base, behavior, differences)
+    verdict, headline, reasons = _not_better(others, rivals, base, differences)
     choice = baseline if verdict == "baseline" else None
     return Recommendation(verdict, choice, headline, reasons, cautions, differences, adjusted)
 
@@ -105,33 +120,24 @@ def _level(one: Candidate, behavior: float) -> Candidate:
     return Candidate("the policy that wrote the logs", (behavior,) * len(one.scores), prompts)
 
 
-def _p_better(
-    one: Candidate, base: Candidate | None, differences: Mapping[str, Difference], behavior: float | None
-) -> float:
-    """p for "not better than both": the larger of the two (1 where a mean is not above)."""
-    found = [differences.get(one.label)] if base else []
-    found += [_between(one, _level(one, behavior))] if behavior is not None else []
-    if not found:
-        return 1.0
-    return max(1.0 if d is None or d.mean <= 0 else d.p for d in found)
+def _p_better(one: Candidate, rivals: Sequence[Candidate]) -> float:
+    """p for "not better than all of them": the largest (1 where a mean is not above)."""
+    found = [_between(one, rival) for rival in rivals]
+    return max((1.0 if d is None or d.mean <= 0 else d.p for d in found), default=1.0)
 
 
 def _better(
     winners: Sequence[Candidate],
     others: Sequence[Candidate],
+    rivals: Sequence[Candidate],
     base: Candidate | None,
-    behavior: float | None,
-    differences: Mapping[str, Difference],
     adjusted: Mapping[str, float],
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     best = winners[0]
     gain = f"{best.mean:.4g}"
-    reasons = []
     if base is not None:
-        gain += f", {differences[best.label].mean:+.3g} against {base.label}"
-        reasons.append(f"Against {base.label} ({base.mean:.4g}): {words(differences[best.label])}.")
-    if behavior is not None and (found := _between(best, _level(best, behavior))) is not None:
-        reasons.append(f"Against the policy that wrote the logs ({behavior:.4g}): {words(found)}.")
+        gain += f", {best.mean - base.mean:+.3g} against {base.label}"
+    reasons = _against(best, rivals)
     reasons.append(
         f"Adjusted for {len(others)} objectives tried (Holm), the larger of the p-values, over seeds and over prompts, "
         f"is {_p(adjusted[best.label])}."
@@ -162,8 +168,6 @@ def _ties(best: Candidate, winners: Sequence[Candidate]) -> list[str]:
 
 def _of_the_best(best: Candidate, others: Sequence[Candidate]) -> tuple[str, ...]:
     out = []
-    if best.sharpening is not None:
-        out.append(f"The gain of {best.label} is sharpening: {best.sharpening}")
     if best.kl is not None and best.kl > FAR:
         out.append(
             f"{best.label} went far from the start: KL {best.kl:.3g} nats a token (rule of thumb: {FAR:g}). Look at "
@@ -177,37 +181,45 @@ def _of_the_best(best: Candidate, others: Sequence[Candidate]) -> tuple[str, ...
     return tuple(out)
 
 
+def _against(one: Candidate, rivals: Sequence[Candidate]) -> list[str]:
+    """A sentence for each rival of which the difference is known."""
+    found = [(rival, _between(one, rival)) for rival in rivals]
+    return [f"Against {rival.label} ({rival.mean:.4g}): {words(d)}." for rival, d in found if d is not None]
+
+
 def _not_better(
     others: Sequence[Candidate],
+    rivals: Sequence[Candidate],
     base: Candidate | None,
-    behavior: float | None,
     differences: Mapping[str, Difference],
 ) -> tuple[str, str, tuple[str, ...]]:
-    lead = max(others, key=lambda c: c.mean)
-    if base is None and behavior is None:
+    if not rivals:
         return "undecided", "Nothing to compare with: add sft to compare.objectives, or rewards to the data.", ()
-    rivals = ([base] if base else []) + ([] if behavior is None else [_level(lead, behavior)])
+    lead = max(others, key=lambda c: c.mean)
     reasons = tuple(_what_would(lead, rivals, len(others)))
+    highest = max(c.mean for c in (*others, *([base] if base else [])))
+    ahead = [rival for rival in rivals if rival is not base and highest <= rival.mean]
+    if ahead:
+        named = " and ".join(f"{rival.label} ({rival.mean:.4g})" for rival in ahead)
+        return "undecided", f"Deploy none yet: no objective scores above {named}.", reasons
     if base is None:
         return "undecided", "The data do not decide.", reasons
     worse = holm({name: d.p for name, d in differences.items()})
     if len(differences) == len(others) and all(d.mean < 0 and worse[k] <= ALPHA for k, d in differences.items()):
-        listed = tuple(f"{name}: {words(d)}." for name, d in list(differences.items())[:SAID])
-        return "baseline", f"Stay with {base.label}: every other objective scores below it.", listed
+        listed = [f"{name}: {words(d)}." for name, d in list(differences.items())[:SAID]]
+        itself = [
+            f"{base.label} itself: {sentence}" for sentence in _against(base, [r for r in rivals if r is not base])
+        ]
+        return "baseline", f"Stay with {base.label}: every other objective scores below it.", (*listed, *itself)
     headline = "The data do not decide."
     if lead.mean <= base.mean:
         headline = f"The data do not decide: no objective scores above {base.label} ({base.mean:.4g})."
-    elif behavior is not None and lead.mean <= behavior:
-        headline = f"Deploy none yet: no objective scores above the policy that wrote the logs ({behavior:.4g})."
     return "undecided", headline, reasons
 
 
 def _what_would(lead: Candidate, others: Sequence[Candidate], tried: int) -> list[str]:
-    """How the leading objective stands against baseline and logs, and how many seeds and prompts would decide."""
-    out = [f"{lead.label} has the highest score, {lead.mean:.4g}."]
-    for other in others:
-        if (found := _between(lead, other)) is not None:
-            out.append(f"Against {other.label} ({other.mean:.4g}): {words(found)}.")
+    """How the leading objective stands against its rivals, and how many seeds and prompts would decide."""
+    out = [f"{lead.label} has the highest score, {lead.mean:.4g}.", *_against(lead, others)]
     above = [other for other in others if lead.mean > other.mean]
     if len(above) < len(others):
         return [*out, "More of the same would hardly help: change the objective, its temperature, or the data."]
@@ -266,6 +278,11 @@ def _cautions(
         out.append("One seed: intervals are over prompts, and speak of these runs, not of the objectives. Use three.")
     elif seeds < FEW:
         out.append(f"{seeds} seeds: intervals over so few are wide and rough. Use at least {FEW}.")
+    prompts = min((len(c.prompts) for c in measured if c.prompts is not None), default=FEW_PROMPTS)
+    if prompts == 1:
+        out.append("One held-out prompt says nothing of others, so nothing is recommended: hold out more of them.")
+    elif prompts < FEW_PROMPTS:
+        out.append(f"{prompts} held-out prompts: what they say of others is rough. Hold out at least {FEW_PROMPTS}.")
     if base is None:
         out.append(f"{baseline} was not among the objectives: whether another is better than it is not known.")
     if behavior is None:

@@ -17,7 +17,7 @@ import numpy as np
 from rwft import report_charts
 from rwft.comparison import Comparison
 from rwft.config import Config, to_yaml
-from rwft.findings import Finding, findings, sharper
+from rwft.findings import Finding, findings, sharper, start
 from rwft.manifest import read_manifest
 from rwft.paired import Difference
 from rwft.readable import LABEL, readable
@@ -78,7 +78,14 @@ def gather(config: Config, result: Comparison, command: str | None = None) -> Re
     baseline = next((f for f in found if f.label == config.compare.baseline), None)
     surer = {f.label: sharper(f, baseline) for f in found}
     candidates = [f.candidate(surer[f.label]) for f in found]
-    advice = recommend(candidates, config.compare.baseline, result.level, result.behavior_exact)
+    advice = recommend(
+        candidates,
+        config.compare.baseline,
+        result.level,
+        result.behavior_exact,
+        start=start(found),
+        pretrained=config.model.path is not None,
+    )
     places = _short_names(row.place for f in found for row in _rows(f))
     return Report(config, result, tuple(found), advice, surer, command or "rwft compare compare.yaml", places)
 

@@ -95,13 +95,13 @@ def sharpening(policy: Sequence[Sampled], baseline: Sequence[Sampled]) -> Sharpe
     pairs = _pairs(policy, baseline)
     if len(policy[0].per_prompt) < FEW:
         raise DataError(f"sharpening: found {len(policy[0].per_prompt)} prompts, expected at least {FEW}")
-    binary = all(0 <= s <= 1 for one in (*policy, *baseline) for s in one.per_prompt)
-    gains = tuple(_gain(t, difference, binary) for t, difference in pairs.items())
+    grain = _grain((*policy, *baseline))
+    gains = tuple(_gain(t, difference, *grain) for t, difference in pairs.items())
     lowest = min(pairs)
     if 1.0 not in pairs or lowest == 1.0:
         return Sharpening("unknown", UNKNOWN, gains)
     at = {gain.temperature: gain for gain in gains}
-    lost = _gain(lowest, pairs[1.0] - pairs[lowest], binary)
+    lost = _gain(lowest, pairs[1.0] - pairs[lowest], *grain)
     verdict = _verdict(at[1.0], at[lowest], lost)
     return Sharpening(verdict, _statement(verdict, at[1.0], at[lowest]), gains, lost)
 
@@ -121,8 +121,19 @@ def _pairs(policy: Sequence[Sampled], baseline: Sequence[Sampled]) -> dict[float
     return {t: np.array(ours[t].per_prompt) - np.array(theirs[t].per_prompt) for t in sorted(ours)}
 
 
-def _gain(temperature: float, difference: Floats, binary: bool) -> Gain:
-    return Gain(temperature, float(difference.mean()), *difference_interval(difference, binary))
+def _grain(sampled: Sequence[Sampled]) -> tuple[float, bool]:
+    """By how much one sample can move its prompt's score at most, as far as scores go; and whether they are 0 or 1."""
+    samples = min(one.samples for one in sampled)
+    scores = np.array([score for one in sampled for score in one.per_prompt])
+    single = samples == 1 and bool(np.isin(scores, (0.0, 1.0)).all())
+    if single or all(one.pass_at for one in sampled):
+        return 1 / samples, True
+    return float(np.ptp(scores)) / samples, False
+
+
+def _gain(temperature: float, difference: Floats, grain: float, binary: bool) -> Gain:
+    joined = grain if binary or np.ptp(difference) == 0 else None
+    return Gain(temperature, float(difference.mean()), *difference_interval(difference, joined))
 
 
 def _verdict(gain: Gain, low: Gain, lost: Gain) -> str:
@@ -136,25 +147,26 @@ def _verdict(gain: Gain, low: Gain, lost: Gain) -> str:
 
 def _statement(verdict: str, gain: Gain, low: Gain) -> str:
     one, cold = (f"{g.value:+.3g} [{g.low:.3g}, {g.high:.3g}]" for g in (gain, low))
-    t = f"temperature {low.temperature:g}"
+    t, surer = f"temperature {low.temperature:g}", 1 - low.value / gain.value if gain.value else 0.0
     return {
         "none": f"no gain at temperature 1: {one}",
         "worse": f"worse than the baseline at temperature 1: {one}",
         "holds": f"the gain at temperature 1, {one}, holds at {t}: {cold}; it is more than sharpening",
-        "partly": f"the gain at temperature 1, {one}, is smaller at {t}: {cold}; it is in part sharpening",
+        "partly": f"the gain at temperature 1, {one}, is smaller at {t}: {cold}; {surer:.0%} of it is sharpening",
         "sharpening": f"the gain at temperature 1, {one}, vanishes at {t}: {cold}; it is sharpening",
         "unclear": f"gain at temperature 1 {one}, at {t} {cold}: too few prompts to tell a gain from sharpening",
     }[verdict]
 
 
-def difference_interval(values: Floats, binary: bool) -> tuple[float, float]:
+def difference_interval(values: Floats, grain: float | None = None) -> tuple[float, float]:
     """`(n) -> low, high`: 95% interval of the mean of paired differences, by Student's t.
 
-    Differences of scores in 0..1 are joined by one of +1 and one of -1, so that prompts which all agree
-    do not claim certainty (Bonett and Price 2012).
+    They are joined by one of +`grain` and one of -`grain`, so that prompts which all agree do not claim
+    certainty. For single samples scored 0 or 1, whose grain is 1, that is the interval of Bonett and Price
+    (2012). Without a grain the differences stand as they are.
     """
-    if binary:
-        values = np.concatenate([values, [1.0, -1.0]])
+    if grain is not None:
+        values = np.concatenate([values, [grain, -grain]])
     half = student_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return float(values.mean()) - half, float(values.mean()) + half
 

@@ -260,6 +260,8 @@ def test_summary() -> None:
     three = summary("sft", [run("sft", s, 0.5 + s / 10) for s in range(3)])
     assert (three.seeds, three.success) == (3, pytest.approx(0.6))
     assert (three.low, three.high) == pytest.approx((0.35159, 0.84841), abs=2e-5)
+    alike = summary("sft", [run("sft", 0, 0.0, low=0.0, high=0.2), run("sft", 1, 0.0, low=0.0, high=0.3)])
+    assert (alike.success, alike.low, alike.high) == (0.0, 0.0, 0.25)  # no spread over seeds, but over prompts
     none = summary("sft", [run("sft", 0, None), run("sft", 1, None, held_out={"nll/mean": 0.5})])
     assert (none.success, none.low, none.high, none.held_out) == (None, None, None, {"nll/mean": 0.4})
 

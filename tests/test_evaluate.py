@@ -295,10 +295,36 @@ def sampled(temperature: float, per_prompt: Sequence[float], verifier: str = "ca
 
 def test_difference_interval_by_hand() -> None:
     # six differences and +1, -1: mean 2/8, squares 0 0 0 0 1 1 1 1 -> variance (4 - 8/16) / 7 = 1/2, error 1/4
-    found = difference_interval(np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), binary=True)
+    found = difference_interval(np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0]), grain=1.0)
     assert found == pytest.approx((0.25 - 2.3646 / 4, 0.25 + 2.3646 / 4), abs=2e-3)  # t(7)
-    plain = difference_interval(np.arange(10.0), binary=False)  # variance 55/6
+    plain = difference_interval(np.arange(10.0))  # variance 55/6
     assert plain == pytest.approx((4.5 - 2.262157 * math.sqrt(55 / 60), 4.5 + 2.262157 * math.sqrt(55 / 60)), abs=1e-3)
+
+
+def test_averages_of_many_samples_are_known_better_than_single_ones() -> None:
+    """Coverage of the paired interval of 100 prompts x 16 samples, scored 0 or 1, and its width by hand."""
+    draw = np.random.default_rng(0)
+    chance = draw.uniform(0.2, 0.6, (500, 100))
+    gain = 0.05
+    held, widths = 0, []
+    for before in chance:
+        scores = [draw.binomial(16, p) / 16 for p in (before + gain, before)]
+        ours, theirs = (replace(sampled(1.0, one), samples=16, pass_at={1: float(one.mean())}) for one in scores)
+        found = sharpening([ours], [theirs]).gains[0]
+        held += found.low <= gain <= found.high
+        widths.append(found.high - found.low)
+    assert 0.92 < held / 500 < 0.98
+    expected = 2 * 1.98 * math.sqrt(2 * 0.235 / 16 / 100)  # p (1 - p) is about 0.235 on average
+    assert np.mean(widths) == pytest.approx(expected, rel=0.1)
+
+
+def test_graded_scores_have_the_interval_of_their_differences() -> None:
+    draw = np.random.default_rng(1)
+    start = draw.uniform(0.3, 0.7, 200)
+    gap = draw.normal(0.01, 0.03, 200)
+    found = sharpening([sampled(1.0, start + gap)], [sampled(1.0, start)]).gains[0]
+    half = 1.972 * gap.std(ddof=1) / math.sqrt(200)
+    assert (found.low, found.high) == pytest.approx((gap.mean() - half, gap.mean() + half), abs=1e-5)
 
 
 POLICY, START = [0.9] * 20 + [0.5] * 20, [0.5] * 20 + [0.3] * 20

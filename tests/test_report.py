@@ -368,6 +368,20 @@ def sampled(temperature: float, scores: list[float]) -> dict[str, Any]:
     return {**fixed, **of, "pass_at_interval": {}}
 
 
+def test_the_start_is_to_be_beaten(copied: tuple[Config, list[Outcome]]) -> None:
+    """The runs sampled it too, by `evaluate.baseline`: it scores 0.97, above both."""
+    config, runs = copied
+    for run in runs:
+        ours = sampled(1.0, list((0.4 if run.label == "sft" else 0.9) + np.tile([0.05, -0.05], 200)))
+        start = [sampled(0.3, [1.0] * 400), sampled(1.0, list(0.97 + np.tile([0.02, -0.02], 200)))]
+        edit(run, "compare.json", by_temperature=[ours], sampled=ours, baseline=start)
+    scored = [replace(r, success=(0.4 if r.label == "sft" else 0.9) + 0.01 * r.seed) for r in runs]
+    report = rebuilt(config, scored)
+    assert report.recommendation.choice is None
+    assert report.recommendation.headline == "Deploy none yet: no objective scores above the start (0.97)."
+    assert "Against the start (0.97)" in Page(render(report)).text()
+
+
 def test_sharpening_is_said(copied: tuple[Config, list[Outcome]]) -> None:
     """Ahead of SFT by 0.5 at temperature 1 on 400 prompts, level with it at 0.3."""
     config, runs = copied
@@ -386,7 +400,7 @@ def test_sharpening_is_said(copied: tuple[Config, list[Outcome]]) -> None:
     assert verdict is not None
     assert verdict.verdict == "sharpening"
     assert report.recommendation.choice == other.label
-    assert any("is sharpening: the gain at temperature 1" in c for c in report.recommendation.cautions)
+    assert any(c.startswith(f"{other.label}: the gain at temperature 1") for c in report.recommendation.cautions)
     assert "vanishes at temperature 0.3" in Page(render(report)).text()
     assert sharper(report.findings[0], report.findings[0]) is None
     assert sharper(other, None) is None
