@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rwft.compare import objectives
 from rwft.comparison import PRIOR, Comparison, Summary, interval
 from rwft.config import Config
 from rwft.curves import SECOND, TALLEST, Curve, curves
@@ -85,9 +86,8 @@ def weights(config: Config, found: Sequence[Finding]) -> list[tuple[Finding, str
 
 
 def _built(config: Config) -> dict[str, Objective]:
-    """The objectives by their labels."""
-    specs = list(config.compare.objectives) or [config.objective]
-    return {str(objective): objective for objective in map(build_objective, specs)}
+    """The objectives by their labels, with the settings that they ran with."""
+    return {label: build_objective(spec) for label, spec in objectives(config).items()}
 
 
 def _weight(objective: Objective, f: Finding) -> tuple[str, str]:

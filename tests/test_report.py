@@ -382,6 +382,13 @@ def test_the_start_is_to_be_beaten(copied: tuple[Config, list[Outcome]]) -> None
     assert "Against the start (0.97)" in Page(render(report)).text()
 
 
+def test_weights_are_drawn_with_the_settings_that_the_runs_had(finished: tuple[Config, Comparison]) -> None:
+    config, _ = finished
+    compared = replace(config.compare, objectives=("sft", "rwr"))
+    config = replace(config, objective={"name": "rwr", "temperature": 0.25}, compare=compared)
+    assert set(rwft.report_charts._built(config)) == {"sft", "rwr(temperature=0.25)"}
+
+
 def test_sharpening_is_said(copied: tuple[Config, list[Outcome]]) -> None:
     """Ahead of SFT by 0.5 at temperature 1 on 400 prompts, level with it at 0.3."""
     config, runs = copied
