@@ -57,10 +57,10 @@ def is_spread(accelerator: Any) -> bool:
 def refuse_engine(config: Config, accelerator: Any) -> None:
     """Engines that were tried here and no others: one process, DDP, FSDP in its second version, and ZeRO-2 and 3."""
     kind = str(accelerator.distributed_type.value)
-    if is_spread(accelerator) and config.model.lora is not None and config.model.lora.merge:
-        raise ConfigError("model.lora.merge: weights that are spread over ranks are not merged; export the adapter")
     if zero.drives(accelerator):
         zero.refuse(config, accelerator)
+    if is_spread(accelerator) and config.model.lora is not None and config.model.lora.merge:
+        raise ConfigError("model.lora.merge: weights that are spread over ranks are not merged; export the adapter")
     if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise ConfigError(
             f"the launcher asks for {kind}; use DDP, FSDP2 or ZeRO, e.g. --config_file configs/accelerate/fsdp2.yaml"

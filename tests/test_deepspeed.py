@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rwft import zero
 from rwft.config import Config, to_yaml
@@ -159,6 +160,10 @@ def test_two_ranks_train_the_same_parameters(stage: int, tmp_path: Path, root: P
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
         assert norms(two) == pytest.approx(norms(one), rel=1e-5), name
         assert gap(one, two) < 1e-6, name
+    for name in ("plain", "tied"):
+        folder = tmp_path / "two" / name / "model"
+        _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()), info
 
 
 def asking(config: Config, **settings: Any) -> None:
