@@ -83,7 +83,8 @@ def drift(config: Config, start: ModelConfig, adapter: Path | None = None) -> Dr
 
 
 def _policies(config: Config, start: ModelConfig, adapter: Path | None, device: Any) -> tuple[Policy, Policy]:
-    from rwft.policy import check_adapter, load_policy
+    from rwft.model_files import check_adapter
+    from rwft.policy import load_policy
 
     seed = config.train.seed
     before = load_policy(replace(start, lora=None), seed, device)

@@ -14,8 +14,9 @@ from rwft.config import Config, ModelConfig, load_config
 from rwft.data.rows import Rows
 from rwft.errors import ConfigError
 from rwft.logged import off_policy
+from rwft.model_files import check_adapter
 from rwft.ope import OffPolicy, off_policy_figures
-from rwft.policy import Policy, check_adapter
+from rwft.policy import Policy
 from rwft.progress import Display
 from rwft.run import stored_settings
 from rwft.sampling import sample_reward

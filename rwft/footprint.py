@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rwft.config import ModelConfig
 from rwft.errors import PolicyError
 from rwft.head import chunk_rows
-from rwft.policy import DTYPES, Policy, add_lora, check_model, checkpoint_activations, load_causal
+from rwft.model_files import check_model
+from rwft.policy import DTYPES, Policy, add_lora, checkpoint_activations, load_causal
 from rwft.softmax import precision
 
 
