@@ -102,6 +102,26 @@ def test_a_systematic_mistake_is_the_likelier_answer(tmp_path: Path) -> None:
     assert set(rewards) == {1.0, -1.0}
 
 
+def test_the_weak_start_knows_a_little_of_the_task() -> None:
+    """As it was chosen: 3 to 10% with every seed, and fewer steps than the strong one."""
+    runs = json.loads((RESULTS / "task.json").read_text(encoding="utf-8"))["runs"]
+    weak = [run["success"]["start"] for run in runs if run["scenario"] == "20% right, weak start"]
+    assert len(weak) == 3
+    assert all(0.03 <= success <= 0.10 for success in weak)
+    assert task.WEAK < task.STRONG
+
+
+@pytest.mark.parametrize("scenario", task.SCENARIOS, ids=lambda scenario: scenario.name)
+def test_the_stored_results_are_those_of_the_scenario(scenario: task.Scenario) -> None:
+    """Three seeds of every objective that the scenario names, and no other."""
+    runs = json.loads((RESULTS / "task.json").read_text(encoding="utf-8"))["runs"]
+    found = {run["seed"]: set(run["success"]) for run in runs if run["scenario"] == scenario.name}
+    named = {"start", "start, greedy", *scenario.objectives}
+    named |= set(task.GUESSED) if scenario.guess else set()
+    named |= {f"{name}, lr / 3" for name in task.GENTLE} if scenario.gentle else set()
+    assert found == dict.fromkeys(range(3), named)
+
+
 SMALL = task.Size(rows=24, heldout=4, steps=2, batch=8, samples=1)
 
 

@@ -84,7 +84,7 @@ def draw_task(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Any:
     """Success of each objective in each scenario, with 95% intervals over seeds."""
     labels = [label for label in next(iter(found.values())) if label not in ("logs", "start, greedy")]
     labels = [label for label in labels if "lr" not in label and "start for" not in label]
-    figure = canvas(11, 3.9)
+    figure = canvas(12.5, 3.9)
     for axis, (scenario, named) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
         for place, label in ((p, name) for p, name in enumerate(reversed(labels)) if name in named):
             values = list(named[label].values())

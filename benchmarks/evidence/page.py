@@ -33,8 +33,10 @@ LIMITS = {
     "dpo, the better one always preferred": "the best arm",
 }
 PAIRS = (
+    ("sft", "start"),
     ("dft", "sft"),
     ("start, greedy", "dft"),
+    ("filtered_bc", "dft"),
     ("rwr", "sft"),
     ("awr", "rwr"),
     ("filtered_bc", "rwr"),
@@ -42,6 +44,9 @@ PAIRS = (
     ("iw_sft * filtered_bc", "filtered_bc"),
     ("topr", "filtered_bc"),
     ("reinforce (GRPO)", "filtered_bc"),
+    ("reinforce (GRPO)", "start"),
+    ("reinforce (GRPO), lr / 3", "start"),
+    ("topr", "start"),
     ("dft * reinforce", "reinforce (GRPO)"),
     ("topr", "reinforce (GRPO)"),
     ("dpo", "filtered_bc"),
