@@ -111,10 +111,7 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True
     )
-    if zero.drives(accelerator):
-        model, optimizer = zero.prepare(config, accelerator, policy, optimizer)
-    else:
-        model, optimizer = accelerator.prepare(policy, optimizer)
+    model, optimizer = under_engine(config, accelerator, policy, optimizer)
     model.train()
     reads = reads | {"reward"} if data.train.has("reward") else reads
     training = Training(
@@ -142,6 +139,13 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     if "old_logp" in objective.reads:
         stored["old_logp"] = training.stored_old_logp
     return training
+
+
+def under_engine(config: Config, accelerator: Any, policy: Policy, optimizer: Any) -> tuple[Any, Any]:
+    """Model and optimiser as the launcher's engine spreads them."""
+    if zero.drives(accelerator):
+        return zero.prepare(config, accelerator, policy, optimizer)
+    return accelerator.prepare(policy, optimizer)
 
 
 def check_room(policy: Policy, data: Prepared) -> None:

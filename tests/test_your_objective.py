@@ -78,7 +78,7 @@ def test_commands_of_the_page_on_gpus_name_what_exists() -> None:
 
     options = {name for option in get_command(app).commands["train"].params for name in option.opts}  # type: ignore[attr-defined]
     seen = list(commands(GPUS))
-    assert len(seen) == 6
+    assert len(seen) == 9
     for words in seen:
         for word in words:
             if word.startswith("configs/"):
