@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from tiny import MODEL
-from tokenizers_for_tests import byte_bpe, prefix_space
+from tokenizers_for_tests import byte_bpe, llama_like, prefix_space
 
 from rwft import train
 from rwft.config import resolve
@@ -33,7 +33,7 @@ from rwft.data.adapters.dumps import (
     UNSPELT,
 )
 from rwft.data.adapters.pairs import SAME, TIE
-from rwft.data.adapters.spelling import spelt
+from rwft.data.adapters.spelling import difference, spelt
 from rwft.data.adapters.transitions import CLIPPED, CUT_OFF, DROPPED, returns
 from rwft.data.characters import character_tokenizer
 from rwft.data.example import Example, Source
@@ -379,6 +379,50 @@ def test_the_space_that_sentencepiece_puts_first_is_none_of_the_completion() -> 
     q, spaced, seven = (tokenizer.convert_tokens_to_ids(t) for t in ("▁Q", "▁7", "7"))
     assert spelt(tokenizer, [q], [spaced]) == ("Q", " 7")
     assert spelt(tokenizer, [q], [seven]) == ("Q", "7")  # "7" alone would have a space before it
+
+
+def test_ids_that_begin_a_text_as_llama_does_are_spelt() -> None:
+    """BOS and the space that opens each stretch of text are the tokenizer's own: "hi" is `<s> ▁hi`."""
+    tokenizer = llama_like()
+    begin, end, hi, mid, seven, a, letter = (
+        tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "</s>", "▁hi", "hi", "▁7", "a", "▁")
+    )
+    assert tokenizer("hi 7").input_ids == [begin, hi, seven]
+    assert spelt(tokenizer, [begin, hi], [seven, end]) == ("<s>hi", " 7</s>")
+    assert spelt(tokenizer, [begin, hi, end, hi], [mid, seven]) == ("<s>hi</s>hi", "hi 7")
+    assert spelt(tokenizer, [begin, hi, end], [hi]) == ("<s>hi</s>", "hi")  # a completion that opens a stretch
+    smile = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "é".encode()]
+    assert spelt(tokenizer, [begin, hi], [*smile, a]) == ("<s>hi", "éa")
+    assert spelt(tokenizer, [begin, hi, smile[0]], [smile[1]]) is None  # half of a character
+    assert spelt(tokenizer, [begin, letter, a], [letter, mid]) is None  # " hi" is one token
+    assert spelt(tokenizer, [begin, a], [seven]) is None  # no text begins without the space
+    assert spelt(tokenizer, [hi], [seven]) is None  # training opens every text with BOS, which was not there
+    assert difference(tokenizer, [begin, letter, a], [letter, mid]) == (
+        f"at token 3, counted from 0, {letter} (▁) was logged, and its text has {hi} (▁hi)"
+    )
+    assert (
+        difference(tokenizer, [begin, hi, smile[0]], [smile[1]]) == "the completion begins in the middle of a character"
+    )
+
+
+def test_the_first_row_that_is_not_spelt_is_told(tmp_path: Path) -> None:
+    tokenizer = llama_like()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    begin, hi, mid, space = (tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "▁hi", "hi", "▁"))
+    rows = [first("open_instruct.jsonl") | {"prompt_tokens": [begin, hi], "logprobs": [-0.5]} for _ in range(3)]
+    rows[0] |= {"response_tokens": [hi]}
+    rows[1] |= {"response_tokens": [space, mid], "logprobs": [-0.5, -0.5]}
+    rows[2] |= rows[1]
+    file = tmp_path / "toy_rollouts_0.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_examples(file, OPEN | {"tokenizer": str(tmp_path)})
+    [example] = found
+    assert (example.prompt, example.completion) == ("<s>hi", " hi")
+    assert str(found.ledger).endswith(
+        f"dropped 2: {UNSPELT} (first {file}:2: at token 2, counted from 0, {space} (▁) was logged, "
+        f"and its text has {hi} (▁hi))"
+    )
 
 
 def test_another_tokenizer_of_the_policy_drops_logged_rows() -> None:

@@ -42,6 +42,20 @@ def prefix_space(scheme: str = "always", *, bos: bool = False, strip: bool = Fal
     return _wrap(backend, bos=bos)
 
 
+def llama_like() -> PreTrainedTokenizerFast:
+    """SentencePiece as Llama has it: BOS, a space before each stretch of text, one taken off in decoding, bytes."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = [letter for letter in LETTERS if letter not in " \n_"]
+    pieces = ["<unk>", *SPECIAL[:2], *bytes_, *letters, "▁", "hi", "▁hi", "▁7"]
+    merges = [("h", "i"), ("▁", "hi"), ("▁", "7")]
+    model = models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return _wrap(backend, bos=True)
+
+
 def whole_words() -> PreTrainedTokenizerFast:
     """Words between white space, `foo`, `bar` and `foobar`; there is no way to write the end of a word."""
     words = {word: i for i, word in enumerate(["<unk>", "foo", "bar", "foobar"])}

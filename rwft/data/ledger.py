@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Ledger:
     examples: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # reason -> which was the first to be dropped for it, and why
     problems: list[str] = field(default_factory=list)
     count: int = 0
 
@@ -36,6 +38,12 @@ class Ledger:
         self.count += 1
         if len(self.problems) < KEPT:
             self.problems.append(f"{where}: {what}")
+
+    def drop(self, where: object, reason: str, detail: str = "") -> None:
+        """Count one that is left out; of each reason the first is told, if there is more to say of it."""
+        self.dropped[reason] += 1
+        if detail:
+            self.first.setdefault(reason, f"{where}: {detail}")
 
     def settle(self, report: str | Path | None = None) -> None:
         """Raise BadRows if there was any problem; with `report`, write all of them there first."""
@@ -56,6 +64,12 @@ class Ledger:
 
     def __str__(self) -> str:
         parts = [f"{self.rows} rows", f"{self.examples} examples"]
-        parts += [f"dropped {n}: {reason}" for reason, n in sorted(self.dropped.items())]
+        parts += dropped_lines(self.dropped, self.first)
         parts += [f"{n}: {note}" for note, n in sorted(self.notes.items())]
         return "; ".join(parts)
+
+
+def dropped_lines(dropped: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
+    """A line for each reason, in order, with the first that was left out for it."""
+    told = {reason: f" (first {first[reason]})" if reason in first else "" for reason in dropped}
+    return [f"dropped {number}: {reason}{told[reason]}" for reason, number in sorted(dropped.items())]

@@ -19,6 +19,7 @@ from rwft.config import CreditConfig, DataConfig, plain
 from rwft.data.adapters import Examples, read_examples
 from rwft.data.credit import VALUE, Credit, fit
 from rwft.data.example import Example
+from rwft.data.ledger import dropped_lines
 from rwft.data.rows import Rows, open_rows, record, write_rows
 from rwft.data.sources import local_files
 from rwft.data.tasks import task_files
@@ -28,7 +29,7 @@ from rwft.durable import sha256, write_atomic
 from rwft.errors import DataError
 from rwft.signals import SIGNALS
 
-VERSION = "rows-3"
+VERSION = "rows-4"
 BLOCK = 256  # examples tokenised at once
 
 
@@ -41,12 +42,13 @@ class Report:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # reason -> which was dropped first for it, if that is told
 
     def lines(self) -> list[str]:
         """One sentence a fact."""
         out = [self.description] if self.description else []
         out.append(f"{self.kept} examples to train and evaluate on, from {self.read} rows")
-        out += [f"dropped {number}: {reason}" for reason, number in sorted(self.dropped.items())]
+        out += dropped_lines(self.dropped, self.first)
         out += [f"{number} x {note}" for note, number in sorted(self.notes.items())]
         return out
 
@@ -126,6 +128,7 @@ def tokenised(
             write_rows(records, file)
         report.description, report.read = examples.description, examples.ledger.rows
         report.dropped.update(examples.ledger.dropped)
+        report.first.update(examples.ledger.first)
         report.notes.update(examples.ledger.notes)
         _save_report(report, summary)
     if content is None:  # nothing local to recognise the rows by, so they are known by what was made of them
@@ -161,7 +164,7 @@ def _blocks(examples: Examples) -> Iterator[list[Example]]:
 
 def _save_report(report: Report, path: Path) -> None:
     content = {"description": report.description, "read": report.read, "kept": report.kept}
-    content |= {"dropped": dict(report.dropped), "notes": dict(report.notes)}
+    content |= {"dropped": dict(report.dropped), "notes": dict(report.notes), "first": report.first}
     write_atomic(path, json.dumps(content))
 
 
@@ -169,12 +172,13 @@ def _load_report(report: Report, path: Path) -> bool:
     """Fill the report from the cache; False if it holds none that can be read, so that the rows are made anew."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        dropped, notes = Counter(content["dropped"]), Counter(content["notes"])
+        dropped, notes, first = Counter(content["dropped"]), Counter(content["notes"]), content.get("first", {})
         report.description, report.read, report.kept = content["description"], content["read"], content["kept"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
     report.dropped.update(dropped)
     report.notes.update(notes)
+    report.first.update(first)
     return True
 
 

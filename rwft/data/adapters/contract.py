@@ -30,9 +30,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Dropped:
-    """Yielded by an adapter in place of an example that cannot be one; counted by reason."""
+    """Yielded by an adapter in place of an example that cannot be one; counted by reason.
+
+    `detail` is what is peculiar to this one; that of the first is told with the count.
+    """
 
     reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from rwft.data.adapters.contract import (
 from rwft.data.adapters.conversation import answer, content, group_of, joined
 from rwft.data.adapters.pairs import SAME, TIE
 from rwft.data.adapters.scores import parse_weights
-from rwft.data.adapters.spelling import ended, spelt, tokenizer_of
+from rwft.data.adapters.spelling import difference, ended, spelt, tokenizer_of
 from rwft.data.adapters.values import (
     column,
     finished,
@@ -296,7 +296,7 @@ def _by_ids(
         behavior, rounded = logprobs(parallel(logged[1], logged[0], len(completion), "the sampled tokens"), logged[0])
     sides = spelt(tokenizer_of(tokenizer), prompt, completion)
     if sides is None:
-        yield Dropped(UNSPELT)
+        yield Dropped(UNSPELT, difference(tokenizer_of(tokenizer), prompt, completion))
         return
     if behavior is not None and not any(behavior):
         yield Coerced(ALL_ZERO)

@@ -77,7 +77,9 @@ class Examples:
         except DataError as problem:
             ledger.problem(source, problem)
             return []
-        ledger.dropped.update(item.reason for item in yielded if isinstance(item, Dropped))
+        for item in yielded:
+            if isinstance(item, Dropped):
+                ledger.drop(source, item.reason, item.detail)
         ledger.notes.update(item.reason for item in yielded if isinstance(item, Coerced))
         return examples
 
