@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ import yaml
 
 from rwft.data.adapters import Choice, adapter, detect, read_examples
 from rwft.data.adapters.contract import Coerced, Content, Dropped, columns_of
+from rwft.data.adapters.scores import READ_AS_LABEL
 from rwft.data.example import Example, Source, Span
 from rwft.data.ledger import BadRows
 from rwft.errors import DataError, ObjectiveError
@@ -316,7 +318,80 @@ def test_binary_feedback() -> None:
     assert only("binary", BINARY).reward == 1.0
     assert only("binary", BINARY | {"label": False}, good=2.0, bad=-3.0).reward == -3.0
     assert only("binary", BINARY, good=2.0, bad=-3.0).reward == 2.0
-    refused("binary", BINARY | {"label": 0}, r"label: found the number 0, expected true or false; .*reward: label")
+    labels = [(0, 0.0), (1, 1.0), (1.0, 1.0), ("Up", 1.0), ("down", 0.0), ("GOOD", 1.0), ("bad", 0.0), ("yes", 1.0)]
+    labels += [("no", 0.0), ("like", 1.0), ("dislike", 0.0), ("chosen", 1.0), ("rejected", 0.0)]
+    labels += [("thumbs_up", 1.0), ("Thumbs down", 0.0)]
+    for label, reward in labels:
+        assert only("binary", BINARY | {"label": label}).reward == reward
+        assert adapted("binary", BINARY | {"label": label}).count(Coerced(READ_AS_LABEL)) == 1
+    expected = "expected true or false, 1 or 0, up, good, thumbs_up, yes, like, chosen, down, bad, thumbs_down, no, "
+    refused(
+        "binary", BINARY | {"label": "meh"}, f"label: found text 'meh', {expected}dislike, rejected; .*reward: label"
+    )
+    for label in (-1, 2, 0.5, None, "", [1]):
+        refused("binary", BINARY | {"label": label}, "label: found .*, expected true or false")
+
+
+def test_true_and_false_are_rewards_and_counted() -> None:
+    assert only("scored", SCORED | {"reward": True}).reward == 1.0
+    assert only("scored", SCORED | {"reward": False}).reward == 0.0
+    assert adapted("scored", SCORED | {"reward": True}).count(Coerced("true or false read as reward 1 or 0")) == 1
+    assert detect([SCORED | {"reward": False}]).name == "scored"
+    with pytest.raises(DataError, match="row 2: reward: found true, expected number"):  # a mixture is no verdict
+        detect([SCORED, SCORED | {"reward": True}])
+
+
+def test_a_conversation_with_a_label() -> None:
+    row = CHAT | {"feedback": {"thumbs": "down"}}
+    assert only("messages", row, label="feedback.thumbs").reward == 0.0
+    assert only("messages", row, label="feedback.thumbs", bad=-1.0).reward == -1.0
+    assert only("messages", CHAT | {"label": True}, label="label", good=2.0).reward == 2.0
+    refused("messages", CHAT | {"label": 3}, "label: found the number 3, expected true or false", label="label")
+    both = {"label": "label", "reward": "reward"}
+    refused("messages", CHAT | {"label": True, "reward": 1.0}, "found a reward .* and a label", **both)
+
+
+FEEDBACK = "adapter: {name: messages, label: feedback.thumbs}"
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (CHAT | {"feedback": {"thumbs": "down"}}, FEEDBACK),
+        (CHAT | {"meta": {"user": {"score": 0.5}}}, "adapter: {name: messages, reward: meta.user.score}"),
+        (CHAT | {"feedback": {"comment": "too long"}}, "adapter: messages` (ignores feedback)"),
+        (CHAT | {"feedback": "too long"}, "adapter: messages` (ignores feedback)"),
+        (CHAT | {"votes": 3}, "(ignores votes)"),
+        (CHAT | {"disliked": "x"}, "(ignores disliked)"),
+        (CHAT | {"reward": datetime.date(2026, 1, 1)}, "adapter: messages` (ignores reward)"),
+        (DEMO | {"feedback": {"thumbs": "up"}}, "adapter: {name: binary, label: feedback.thumbs}"),
+        (
+            {"input": {"messages": [user("q")]}, "preferred_output": [bot("a")], "non_preferred_output": [bot("b")]},
+            "adapter: {name: preference, chosen: preferred_output, rejected: non_preferred_output, "
+            "prompt: input.messages}",
+        ),
+        (
+            {"chosen": [bot("a")], "rejected": [bot("b")], "meta": {"messages": [user("q")]}},
+            "adapter: preference` (ignores meta.messages)",
+        ),
+    ],
+)
+def test_what_judges_is_found_in_mappings_and_not_left_out(row: Row, line: str) -> None:
+    with pytest.raises(DataError) as caught:
+        detect([row])
+    assert str(caught.value).startswith(f"adapter: the columns {', '.join(row)} fit no format; nearest: ")
+    assert line in str(caught.value)
+
+
+def test_what_does_not_judge_in_a_mapping_is_ignored() -> None:
+    row = CHAT | {"meta": {"source": "toy", "ids": {"session": 7}}, "made": datetime.date(2026, 1, 1)}
+    assert detect([row]).ignored == ("meta", "made")
+
+
+def test_weighed_columns_are_not_called_ignored(tmp_path: Path) -> None:
+    spec = {"name": "attributes", "weights": {"helpfulness": 1, "verbosity": -0.2}}
+    described = read_examples(saved(tmp_path, HELP), spec).description
+    assert described == "attributes: prompt -> prompt, response -> response; ignored: correctness, coherence"
 
 
 def test_preference_without_scores() -> None:
@@ -513,7 +588,8 @@ def test_a_verdict_is_not_left_out(name: str) -> None:
     value = 3 if name == "helpfulness" else True
     with pytest.raises(DataError, match="fit no format"):
         detect([DEMO | {name: value}])
-    assert detect([DEMO | {name: "text"}]).name == "prompt_completion"
+    if name != "thumbs_up":  # text there can only be feedback
+        assert detect([DEMO | {name: "text"}]).name == "prompt_completion"
 
 
 def test_steps_become_spans_of_the_text() -> None:
@@ -578,6 +654,10 @@ DETECTED: list[tuple[Row, str, Row]] = [
     (DEMO, "prompt_completion", {}),
     (CHAT, "messages", {}),
     (CHAT | {"reward": 0.5}, "messages", {"reward": "reward"}),
+    (CHAT | {"label": True}, "messages", {"label": "label"}),
+    (BINARY | {"label": 0}, "binary", {}),
+    (BINARY | {"label": "Thumbs down"}, "binary", {}),
+    (SCORED | {"reward": True}, "scored", {}),
     (GPT, "sharegpt", {}),
     (ALPACA, "alpaca", {"input": "input"}),
     (SCORED, "scored", {}),
@@ -697,11 +777,10 @@ def test_the_description_names_roles_and_what_is_ignored() -> None:
             {"question": "q", "answer": "a", "rating": "4"},
             [
                 "nearest: `adapter: {name: prompt_completion, prompt: question, completion: answer}` (ignores rating);",
-                "scored lacks reward (number; 'rating' holds text): "
+                "scored lacks reward (number or boolean; 'rating' holds text): "
                 "`adapter: {name: scored, prompt: question, completion: answer, reward: rating}`",
             ],
         ),
-        (CHAT | {"label": True}, ["`adapter: messages` (ignores label)"]),
         (SCORED | {"advantage": 0.3}, ["`adapter: scored` (ignores advantage)"]),
         (CHAT | {"tools": [{"type": "function"}]}, ["`adapter: messages` (ignores tools)"]),
         (DEMO | {"completion_weight": 0.3}, ["ignores completion_weight"]),
@@ -719,9 +798,9 @@ def test_what_fits_no_format_names_the_columns_and_the_line_to_write(row: Row, e
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (SCORED | {"reward": "4"}, "reward: found text '4', expected number"),
+        (SCORED | {"reward": "4"}, "reward: found text '4', expected number or boolean"),
         (SCORED | {"reward": True}, "reward: found true, expected number"),
-        (SCORED | {"reward": [1.0]}, "reward: found a list of 1, expected number"),
+        (SCORED | {"reward": [1.0]}, "reward: found a list of 1, expected number or boolean"),
         (SCORED | {"completion": 3}, "completion: found the number 3, expected text or messages"),
     ],
 )
@@ -779,7 +858,7 @@ def test_columns_are_judged_by_all_sampled_rows() -> None:
         ),
         (
             {"name": "scored", "prompt": "question"},
-            r"adapter 'scored': reward: found no column 'reward' among .* expected number there; "
+            r"adapter 'scored': reward: found no column 'reward' among .* expected number or boolean there; "
             r"did you mean 'score'\? write `adapter: \{name: scored, prompt: question, reward: score\}`",
         ),
         ({"name": "scored", "prompt": "questoin"}, r"prompt: found no column 'questoin' .* did you mean 'question'\?"),

@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,29 @@ def test_table_values_keep_their_types(tmp_path: Path) -> None:
         "chat": [{"role": "user", "content": "hi"}],
     }
     assert [type(row[key]) for key in ("whole", "half", "yes", "lists")] == [int, float, bool, list]
+
+
+def test_decimals_of_databases_are_numbers(tmp_path: Path) -> None:
+    """NUMERIC(4, 2) is a float, NUMERIC(10, 0) a whole number, wherever it stands."""
+    file = tmp_path / "rows.parquet"
+    money, whole = pa.decimal128(4, 2), pa.decimal128(10, 0)
+    table = pa.table(
+        {
+            "prompt": ["p", "q"],
+            "completion": ["a", "b"],
+            "reward": pa.array([Decimal("0.50"), Decimal("-12.00")], money),
+            "group": pa.array([Decimal(7), Decimal(1200)], whole),
+            "all": pa.array([[Decimal("1.10")], None], pa.list_(money)),
+            "meta": pa.array([{"score": Decimal("2.25")}, None], pa.struct([("score", money)])),
+        }
+    )
+    pq.write_table(table, file)
+    first, second = rows_of(file)
+    assert (first["reward"], first["group"], first["all"], first["meta"]) == (0.5, 7, [1.1], {"score": 2.25})
+    assert (second["reward"], second["group"], second["all"], second["meta"]) == (-12.0, 1200, None, None)
+    assert [type(first[name]) for name in ("reward", "group")] == [float, int]
+    pq.write_table(table.select(["prompt", "completion", "reward"]), file)
+    assert [example.reward for example in read_examples(file)] == [0.5, -12.0]
 
 
 def test_an_arrow_folder_and_its_splits(tmp_path: Path) -> None:

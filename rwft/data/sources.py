@@ -11,8 +11,9 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rwft.data.example import Source
 from rwft.data.ledger import Ledger
@@ -194,9 +195,19 @@ def _records(batches: Iterable[Any], name: str, ledger: Ledger) -> Iterator[tupl
 
 def _plain(batch: Any, name: str, row: int) -> list[Row]:
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
+        return [_without_decimals(row) for row in rows] if "decimal" in str(batch.schema) else rows
     except (ValueError, OverflowError) as error:  # invalid UTF-8, dates that Python cannot hold
         raise DataError(f"{name}:{row}: found a value that cannot be read from this row on: {error}") from error
+
+
+def _without_decimals(value: Any) -> Any:
+    """Decimals, as databases write numbers, as whole numbers if they have no places, else as the nearest float."""
+    if isinstance(value, Decimal):
+        return float(value) if cast(int, value.as_tuple().exponent) < 0 else int(value)
+    if isinstance(value, list):
+        return [_without_decimals(item) for item in value]
+    return {key: _without_decimals(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _is_arrow(folder: Path) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from rwft.data.adapters import conversation
-from rwft.data.adapters.contract import Coerced, Content, Holds, Key, Messages, Number, Row, Text, Yield, adapter
+from rwft.data.adapters.contract import Coerced, Content, Holds, Key, Label, Messages, Number, Row, Text, Yield, adapter
 from rwft.data.adapters.conversation import Message, group_of, joined, system_first, turn_pairs
-from rwft.data.adapters.values import column, items, key, number, optional, spoken, text, wrong
+from rwft.data.adapters.values import column, items, key, number, optional, spoken, text, verdict, wrong
 from rwft.data.example import Example, Source
 from rwft.errors import DataError, did_you_mean
 
@@ -48,14 +49,35 @@ def prompt_completion(
 
 @adapter
 def messages(
-    row: Row, source: Source, *, messages: Messages = "messages", reward: Number | None = None, group: Key | None = None
+    row: Row,
+    source: Source,
+    *,
+    messages: Messages = "messages",
+    reward: Number | None = None,
+    label: Label | None = None,
+    good: float = 1.0,
+    bad: float = 0.0,
+    group: Key | None = None,
 ) -> Iterator[Yield]:
     """A conversation of role and content; the prompt ends where the assistant first speaks.
 
-    A `weight` on an assistant message (or `loss`, `loss_scale`, `loss_weight`, `train`) scales its tokens.
+    A `weight` on an assistant message (or `loss`, `loss_scale`, `loss_weight`, `train`) scales its tokens. The whole
+    may have a `reward`, or a `label` such as true or `up` for the reward `good`, false or `down` for `bad`.
     """
     turns = conversation.messages(column(row, messages), messages)
-    yield from _conversation(row, source, turns, messages, reward, group)
+    if reward is not None and label is not None:
+        raise DataError(
+            f"adapter 'messages': found a reward ({reward}) and a label ({label}), expected one of them; "
+            "write null for the other"
+        )
+    judged = _conversation(row, source, turns, messages, reward, group)
+    yield from judged if label is None else (_labelled(item, row, label, (bad, good)) for item in judged)
+
+
+def _labelled(item: Yield, row: Row, label: str, rewards: tuple[float, float]) -> Yield:
+    if not isinstance(item, Example):
+        return item
+    return dataclasses.replace(item, reward=rewards[verdict(column(row, label), label)])
 
 
 @adapter

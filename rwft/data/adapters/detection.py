@@ -10,63 +10,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from rwft.data.adapters.contract import ColumnSetting, Row, adapter, columns_of
-from rwft.data.adapters.kinds import UNKNOWN, Kinds, column_kinds, kinds
+from rwft.data.adapters.kinds import UNKNOWN, Kinds, Table, column_kinds, kinds
+from rwft.data.adapters.names import (
+    CARRIERS,
+    CONTENT,
+    EXAMPLES,
+    FEEDBACK,
+    HARMLESS,
+    JUDGEMENT,
+    NOT_LOGGED,
+    SYNONYMS,
+    TALK,
+    VERDICT,
+    VERL_PROMPTS,
+)
 from rwft.data.adapters.values import MissingColumn, column, found
 from rwft.errors import DataError, did_you_mean
 from rwft.registry import Entry
 
 PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
-# A column with such a word in its name would change what is trained, so no format that leaves it out fits.
-JUDGEMENT = re.compile(
-    r"(^|[^a-z])(reward|score|rating|label|advantage|preference|chosen|rejected|weight|return|rank|logprob|finish|kto)s?([^a-z]|$)",
-    re.IGNORECASE,
-)
-# So would a verdict or a number under such a name; text under it is an answer to compare with.
-VERDICT = re.compile(
-    r"(^|[^a-z])(correct|correctness|success|passed|thumbs|votes|liked|accepted|verdict|grade|good|better|winner|quality|helpfulness)([^a-z]|$)",
-    re.IGNORECASE,
-)
-CONTENT = {"completion", "response", "generation", "output", "message", "conversation"}
-CONTENT |= {"system", "history", "tool", "image"}
-TALK = {"text", "messages", "texts", "turns", "conversations", "mapping", "mappings", "lists"}
-HARMLESS = {
-    "preference": {"messages", "chosen_model", "rejected_model"},  # the first repeats the chosen conversation
-    "comparison": {"preference_statement", "preference_elaboration", "all_preferences_unprocessed"},
-    "prm800k": {"is_quality_control_question"},
-    "open_instruct": {"advantage"},  # credit is assigned anew
-    "nemo_rollouts": {"advantages", "prev_logprobs", "content"},
-    "trl_completions": {"advantage"},
-    "halos_pairwise": {"reward_difference"},
-}
-# What the writer of a dump left out, and the description says. Its columns never go by other names.
-NOT_LOGGED = {
-    "open_instruct": "which tokens are tool outputs",
-    "verl_rollouts": "chat markup, token ids, log-probabilities, how completions ended",
-    "trl_completions": "chat markup, token ids, log-probabilities, how completions ended, the total reward",
-    "openrlhf": "token ids, log-probabilities, group ids, how completions ended",
-    "trlx": "token ids, log-probabilities, group ids, how completions ended",
-    "halos_binary": "token ids, log-probabilities, how completions ended",
-    "halos_pairwise": "token ids, log-probabilities, how completions ended",
-    "nemo_rollouts": "group ids, finish reasons (the last token tells)",
-    "minari": "log-probabilities",
-    "d4rl": "log-probabilities",
-}
-EXAMPLES = {"tokenizer": "path/to/model"}  # of settings that are neither a column nor weights of columns
-VERL_PROMPTS = {"data_source", "prompt", "reward_model"}
-VERDICTS = ("is_correct", "correct", "passed", "success", "thumbs_up", "liked", "accepted")
-SYNONYMS = (
-    ("prompt", "question", "instruction", "query", "problem", "input", "context", "history"),
-    ("completion", "response", "answer", "output", "solution", "generation"),
-    ("reward", "score", "rating", "value", "label", *VERDICTS),
-    ("completions", "generations", "responses", "outputs", "answers", "samples"),
-    ("rewards", "scores", "ratings", "labels", "correctness_math_verify", "correctness"),
-    ("messages", "conversations", "conversation", "dialogue"),
-    ("chosen", "preferred", "preferred_output", "winner", "output_A"),
-    ("rejected", "dispreferred", "non_preferred_output", "loser", "output_B"),
-    ("first", "response_0", "response_1", "response1", "answer_0", "human_ref_A"),
-    ("second", "response_2", "response_1", "response2", "answer_1", "human_ref_B"),
-)
 Columns = Mapping[str, Kinds | None]
 
 
@@ -127,12 +90,17 @@ def _check_values(rows: Sequence[Row], places: Sequence[object], columns: Column
     named = [entry for name in adapter if (entry := adapter.entry(name)) and _fits_by_name(entry, columns)]
     if len(named) != 1:
         return
+    required = [setting for setting in columns_of(named[0]).values() if not setting.optional]
+    allowed = {setting.name: [*setting.holds.kinds] for setting in required}
     for row, place in zip(rows, places, strict=True):
-        for setting in (s for s in columns_of(named[0]).values() if not s.optional):
-            value = row.get(str(setting.default))
-            if not _holds(setting, kinds(value)) and value is not None:
-                expected = " or ".join(setting.holds.kinds)
+        for setting in required:
+            value, still = row.get(str(setting.default)), allowed[setting.name]
+            held = kinds(value)
+            if still and value is not None and not held & set(still):
+                expected = " or ".join(still if held & set(setting.holds.kinds) else setting.holds.kinds)
                 raise DataError(f"{place}: {setting.default}: found {found(value)}, expected {expected}")
+            if still and held:
+                allowed[setting.name] = [kind for kind in still if kind in held]
 
 
 def _fits_by_name(entry: Entry, columns: Columns) -> bool:
@@ -185,7 +153,8 @@ def _fit(entry: Entry, columns: Columns) -> Choice | None:
 def _choice(entry: Entry, settings: Mapping[str, Any], columns: Columns) -> Choice:
     named = {name: settings.get(name, setting.default) for name, setting in columns_of(entry).items()}
     read = {name: value for name, value in named.items() if isinstance(value, str)}
-    used = {value.partition(".")[0] for value in read.values()} | set(read.values())
+    weighed = {part.rpartition("=")[0].strip() for part in str(settings.get("weights", "")).split(",")}
+    used = {value.partition(".")[0] for value in read.values()} | set(read.values()) | weighed
     return Choice(entry.name, dict(settings), read, tuple(name for name in columns if name not in used))
 
 
@@ -218,16 +187,37 @@ def _holds(setting: ColumnSetting, found: Kinds | None) -> bool:
 
 
 def _left_over(entry: Entry, ignored: Sequence[str], columns: Columns) -> list[str]:
+    """Which of the ignored columns would change what is trained, or what in them would."""
     harmless = HARMLESS.get(entry.name, set())
-    return [name for name in ignored if name not in harmless and _means_something(name, columns[name])]
+    out: list[str] = []
+    for name in (name for name in ignored if name not in harmless):
+        inner = _inner(columns, name)
+        if _means_something(name, columns[name]) and not any(_judges(*item) for item in inner.items()):
+            out.append(name)
+        else:
+            out += [path for path, held in inner.items() if _judges(path, held) or (held and "messages" in held)]
+    return out
+
+
+def _inner(columns: Columns, name: str) -> dict[str, Kinds | None]:
+    """What lies in the mapping of this column, by dotted names."""
+    inside = columns.inner if isinstance(columns, Table) else {}
+    return {path: held for path, held in inside.items() if path.startswith(f"{name}.")}
 
 
 def _means_something(name: str, found: Kinds | None) -> bool:
     if found is None:  # always null
         return False
-    is_talk = name.lower().rstrip("s") in CONTENT and bool(found & TALK)
-    is_verdict = VERDICT.search(name) is not None and bool(found & {"boolean", "number", "booleans", "numbers"})
-    return is_talk or is_verdict or JUDGEMENT.search(name) is not None
+    return _judges(name, found) or (name.lower().rstrip("s") in CONTENT and bool(found & TALK))
+
+
+def _judges(name: str, found: Kinds | None) -> bool:
+    """Whether a column, by its name and what it holds, says how good something is; a dotted name by its last part."""
+    if found is None:
+        return False
+    last = name.rpartition(".")[2]
+    is_verdict = VERDICT.search(last) is not None and bool(found & {"boolean", "number", "booleans", "numbers"})
+    return is_verdict or JUDGEMENT.search(last) is not None or FEEDBACK.search(last) is not None
 
 
 def _reachable(name: str, rows: Sequence[Row]) -> bool:
@@ -288,9 +278,15 @@ def _weighable(entry: Entry, columns: Columns) -> list[str]:
 
 
 def _synonym(setting: ColumnSetting, columns: Columns) -> str | None:
-    """The column that goes by another name of this setting and holds what it may hold."""
-    names = next((group for group in SYNONYMS if setting.name in group), ())
-    return next((name for name in (setting.name, *names) if name in columns and _holds(setting, columns[name])), None)
+    """The column that goes by another name of this setting and holds what it may hold; else what lies in a mapping."""
+    names = (setting.name, *next((group for group in SYNONYMS if setting.name in group), ()))
+    paths = [path for path in columns if _goes_by(path.split("."), names)]
+    return next((name for name in (*names, *paths) if name in columns and _holds(setting, columns[name])), None)
+
+
+def _goes_by(path: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a dotted name is one of these: `feedback.thumbs`, `meta.score`, or `input.messages`."""
+    return len(path) > 1 and (path[-1] in names or (path[0] in names and path[-1] in CARRIERS))
 
 
 def _nearest(columns: Columns) -> str:
@@ -304,7 +300,7 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
     settings: dict[str, Any] = {}
     missing: list[str] = []
     absent = 0
-    free = dict(columns)
+    free = {**columns, **(columns.inner if isinstance(columns, Table) else {})}
     wanted = columns_of(entry)
     for setting in (s for s in wanted.values() if not s.optional):
         name = _find(setting, free, entry.name not in NOT_LOGGED)
@@ -322,11 +318,13 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
     renamed = len(settings) - len(missing)
     optional = _fill(entry, free, {})
     settings |= optional
-    free = {name: held for name, held in free.items() if name not in optional.values()}
+    settings |= {} if missing or entry.name in NOT_LOGGED else _offered(wanted, free, settings)
+    free = {name: held for name, held in free.items() if name not in settings.values()}
     needs = [name for name, s in entry.settings.items() if s.required and name not in wanted]
     missing += needs
     settings |= {name: EXAMPLES.get(name, "...") for name in needs}
-    left = _left_over(entry, list(free), columns)
+    used = {str(name).partition(".")[0] for name in settings.values()} | set(settings.values())
+    left = [name for name in _left_over(entry, [name for name in free if name in columns], columns) if name not in used]
     if "weights" in needs:
         left = [name for name in left if name not in _weighable(entry, columns)]
     if missing:
@@ -336,9 +334,29 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
     return (len(left), 0, renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
 
 
+def _offered(
+    wanted: Mapping[str, ColumnSetting], columns: Mapping[str, Kinds | None], given: Mapping[str, Any]
+) -> dict[str, str]:
+    """Optional columns without which the prompt or the judgement would be lost, under whatever name they go."""
+    out: dict[str, str] = {}
+    for name in ("prompt", "reward", "label"):
+        setting = wanted.get(name)
+        if (
+            setting is None
+            or not setting.optional
+            or name in given
+            or (name == "label" and {"reward"} & {*out, *given})
+        ):
+            continue
+        known = {path: held for path, held in columns.items() if held is not None and path not in given.values()}
+        offered = _synonym(setting, known)
+        out |= {} if offered is None else {name: offered}
+    return out
+
+
 def _other_kind(setting: ColumnSetting, columns: Columns) -> str | None:
     """The column that goes by a name of this setting, which is to be a number, but holds text or something else."""
-    if "number" not in setting.holds.kinds:
+    if not {"number", "label"} & set(setting.holds.kinds):
         return None
     names = (setting.name, *next((group for group in SYNONYMS if setting.name in group), ()))
     return next((name for name in names if columns.get(name)), None)
@@ -347,7 +365,7 @@ def _other_kind(setting: ColumnSetting, columns: Columns) -> str | None:
 def _lacking(setting: ColumnSetting, columns: Columns, other: str | None, near: str | None) -> str:
     hint = f"; is it '{near}'?" if near else ""
     if other is not None:
-        hint = f"; '{other}' holds {' and '.join(sorted(columns[other] or ()))}"
+        hint = f"; '{other}' holds {' and '.join(sorted((columns[other] or UNKNOWN) - {'label'}))}"
     return f"{setting.name} ({' or '.join(setting.holds.kinds)}{hint})"
 
 

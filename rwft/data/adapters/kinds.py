@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rwft.data.adapters.contract import Row
@@ -10,6 +10,9 @@ from rwft.data.adapters.contract import Row
 Kinds = frozenset[str]
 UNKNOWN: Kinds = frozenset()
 MARKER = "ки"
+DEPTH = 2  # levels of mappings that are looked into
+GOOD = ("up", "good", "thumbs_up", "yes", "like", "chosen")
+BAD = ("down", "bad", "thumbs_down", "no", "dislike", "rejected")
 CONTAINERS = {
     "text": "texts",
     "boolean": "booleans",
@@ -22,17 +25,42 @@ CONTAINERS = {
 }
 
 
+class Table(dict[str, Kinds | None]):
+    """Column -> what it holds; `inner` says the same of what lies in mappings, by dotted names."""
+
+    def __init__(self, columns: Mapping[str, Kinds | None], inner: Mapping[str, Kinds | None] | None = None) -> None:
+        super().__init__(columns)
+        self.inner = dict(inner or {})
+
+
 def kinds(value: Any) -> Kinds:
     """All that a value is; nothing is known of null and of what is empty."""
-    if isinstance(value, bool):
-        return frozenset({"boolean"})
-    if isinstance(value, (int, float)):
-        return frozenset({"number", "whole number"} if isinstance(value, int) else {"number"})
+    if isinstance(value, (bool, int, float)):
+        return _number(value)
     if isinstance(value, str):
-        return frozenset({"text", "marked text"} if MARKER in value else {"text"})
+        marked = {"marked text"} if MARKER in value else set[str]()
+        return frozenset({"text"} | marked | ({"label"} if verdict_of(value) is not None else set()))
     if isinstance(value, Mapping):
         return frozenset({"mapping"})
-    return _list(value) if isinstance(value, list) else UNKNOWN
+    if isinstance(value, list):
+        return _list(value)
+    return UNKNOWN if value is None else frozenset({f"values of type {type(value).__name__}"})
+
+
+def _number(value: float) -> Kinds:
+    if isinstance(value, bool):
+        return frozenset({"boolean", "label"})
+    if isinstance(value, float):
+        return frozenset({"number"})
+    return frozenset({"number", "whole number"} | ({"label"} if value in (0, 1) else set()))
+
+
+def verdict_of(value: Any) -> bool | None:
+    """Whether a label says good or bad: true, 1 or `up`, false, 0 or `down`, and their like; None if it is no label."""
+    if isinstance(value, str):
+        word = value.strip().lower().replace(" ", "_")
+        return True if word in GOOD else False if word in BAD else None
+    return value == 1 if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def _list(values: list[Any]) -> Kinds:
@@ -44,7 +72,7 @@ def _list(values: list[Any]) -> Kinds:
         out |= {"turns"} if all("from" in value and "value" in value for value in known) else set()
     if any(isinstance(value, list) for value in values):
         out.add("lists")
-    if values and all(kinds(value) <= {"text", "number", "whole number"} for value in values):
+    if values and all(kinds(value) <= {"text", "number", "whole number", "label"} for value in values):
         out.add("numbers or texts")
     return frozenset(out)
 
@@ -55,10 +83,25 @@ def shared(all_kinds: Iterable[Kinds]) -> Kinds:
     return frozenset.intersection(*known) if known else UNKNOWN
 
 
-def column_kinds(rows: Iterable[Row]) -> dict[str, Kinds | None]:
+def column_kinds(rows: Iterable[Row]) -> Table:
     """Column -> what it holds in all rows; None for a column that is always null or empty."""
     seen: dict[str, set[Kinds]] = {}
+    inside: dict[str, set[Kinds]] = {}
     for row in rows:
         for name, value in row.items():
             seen.setdefault(name, set()).add(kinds(value))
+            for path, item in _inner(value, name, DEPTH):
+                inside.setdefault(path, set()).add(kinds(item))
+    return Table(_in_all(seen), _in_all(inside))
+
+
+def _in_all(seen: Mapping[str, set[Kinds]]) -> dict[str, Kinds | None]:
     return {name: shared(found) if any(found) else None for name, found in seen.items()}
+
+
+def _inner(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of what lies in a mapping."""
+    if isinstance(value, Mapping) and depth:
+        for name, item in value.items():
+            yield f"{path}.{name}", item
+            yield from _inner(item, f"{path}.{name}", depth - 1)

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from rwft.data.adapters.contract import (
-    Boolean,
     Coerced,
     Content,
     Dropped,
     Finish,
     Holds,
     Key,
+    Label,
     Number,
     Numbers,
+    Rated,
     Row,
     WholeNumbers,
     Yield,
@@ -25,7 +26,6 @@ from rwft.data.adapters.contract import (
 from rwft.data.adapters.conversation import answer, content, group_of, joined
 from rwft.data.adapters.values import (
     DECIMAL,
-    boolean,
     column,
     finished,
     items,
@@ -36,6 +36,7 @@ from rwft.data.adapters.values import (
     optional,
     parallel,
     token_ids,
+    verdict,
     wrong,
 )
 from rwft.data.example import Example, Source
@@ -53,6 +54,7 @@ Answer = Annotated[str, Holds(("text", "whole number"), ("ground_truth",))]
 AS_TEXT = " (to read text as numbers, add `text_numbers: true`)"
 READ_AS_NUMBER = "number given as text"
 READ_AS_VERDICT = "true or false read as reward 1 or 0"
+READ_AS_LABEL = "label given as a number or a word, read as good or bad"
 UNRATED = "completion without a numeric rating"
 
 
@@ -63,7 +65,7 @@ def scored(
     *,
     prompt: Content = "prompt",
     completion: Content = "completion",
-    reward: Number = "reward",
+    reward: Rated = "reward",
     value: Number | None = None,
     group: Key | None = None,
     answer: Answer | None = None,
@@ -72,11 +74,17 @@ def scored(
     finish_reason: Finish | None = None,
     text_numbers: bool = False,
 ) -> Iterator[Yield]:
-    """A completion, its reward and, if logged, what a critic expected (`value`) and the behaviour's probabilities."""
+    """A completion, its reward and, if logged, what a critic expected (`value`) and the behaviour's probabilities.
+
+    A reward of true or false counts as 1 or 0.
+    """
     rated = column(row, reward)
     if text_numbers and isinstance(rated, str):
         yield Coerced(READ_AS_NUMBER)
         rated = number_or_text(rated, reward)
+    elif isinstance(rated, bool):
+        yield Coerced(READ_AS_VERDICT)
+        rated = float(rated)
     sides = (prompt, column(row, prompt)), (completion, column(row, completion))
     example = _example(row, source, *sides, group, answer, number(rated, reward, AS_TEXT))
     example = _valued(example, str(value), optional(row, value))
@@ -91,7 +99,7 @@ def binary(
     *,
     prompt: Content = "prompt",
     completion: Content = "completion",
-    label: Boolean = "label",
+    label: Label = "label",
     good: float = 1.0,
     bad: float = 0.0,
     group: Key | None = None,
@@ -99,7 +107,10 @@ def binary(
 ) -> Iterator[Yield]:
     """A completion with thumbs up (`good`) or down (`bad`)."""
     hint = f"; if it is a score: `adapter: {{name: scored, reward: {label}}}`"
-    liked = boolean(column(row, label), label, hint)
+    given = column(row, label)
+    liked = verdict(given, label, hint)
+    if not isinstance(given, bool):
+        yield Coerced(READ_AS_LABEL)
     sides = (prompt, column(row, prompt)), (completion, column(row, completion))
     yield _example(row, source, *sides, group, answer, good if liked else bad)
 

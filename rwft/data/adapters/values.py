@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwft.data.adapters.contract import Row
+from rwft.data.adapters.kinds import BAD, GOOD, verdict_of
 from rwft.errors import DataError, did_you_mean
 
 DECIMAL = re.compile(r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?\s*")
@@ -106,6 +107,14 @@ def number_or_text(value: Any, field: str) -> float:
     if not DECIMAL.fullmatch(value):
         raise wrong(value, field, "a finite number, or text that is one")
     return number(float(value), field)
+
+
+def verdict(value: Any, field: str, hint: str = "") -> bool:
+    """Whether a label says good; the caller counts what is not true or false."""
+    said = verdict_of(value)
+    if said is None:
+        raise wrong(value, field, f"true or false, 1 or 0, {', '.join(GOOD)}, {', '.join(BAD)}{hint}")
+    return said
 
 
 def boolean(value: Any, field: str, hint: str = "") -> bool:
