@@ -171,11 +171,11 @@ def coloured(columns: dict[str, Any], batch: Batch, tokenizer: Any) -> Text:
     """The text: dim where it is not trained, a bar where that begins, green, or red where the advantage is below 0."""
     out, before = Text(), False
     advantage = batch.signals.get("advantage", torch.zeros(1, 1)).expand(batch.mask.shape)[0]
-    for place, token in enumerate(columns["ids"]):
+    for place, text in enumerate(pieces(tokenizer, columns["ids"])):
         trained = place > 0 and columns["mask"][place - 1]
         out.append("│" if trained and not before else "", style="bold")
         colour = "red" if trained and advantage[place - 1] < 0 else "green"
-        out.append(spelt(tokenizer, token), style=colour if trained else "dim")
+        out.append(text, style=colour if trained else "dim")
         before = trained
     return out
 
@@ -188,16 +188,33 @@ def token_rows(
     steps = dict(zip(columns["step_position"] or (), columns["step_reward"] or (), strict=True))
     given = [batch.signals[name].expand(batch.mask.shape)[0].tolist() for name in OF_TOKENS if name in batch.signals]
     given += [] if weights is None else [weights]
-    ends = end_tokens(tokenizer).values()
+    ends, texts = end_tokens(tokenizer).values(), pieces(tokenizer, ids)
     for place in range(max(mask.index(True) - BEFORE, 0), len(mask)):
         trained, token = mask[place], ids[place + 1]
         numbers = [values[place] if trained else "" for values in given]
         notes = ["begins"] if trained and (place == 0 or not mask[place - 1]) else []
         notes += ["end"] if token in ends else []
         notes += [f"step reward {steps[place]:g}"] if place in steps else []
-        yield place, token, repr(spelt(tokenizer, token)), int(trained), *numbers, ", ".join(notes)
+        text = repr(texts[place + 1]) if texts[place + 1] else tokenizer.convert_ids_to_tokens(token)
+        yield place, token, text, int(trained), *numbers, ", ".join(notes)
 
 
-def spelt(tokenizer: Any, token: int) -> str:
-    """A token's text; special ones too."""
-    return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, special ones too; a character in several tokens comes with the last of them.
+
+    A token alone would lose the space before it, which SentencePiece writes only behind another one.
+    """
+    out: list[str] = []
+    context, start = 0, 0  # where the piece before begins, and where this one does
+    for end in range(1, len(ids) + 1):
+        whole, before = _decode(tokenizer, ids[context:end]), _decode(tokenizer, ids[context:start])
+        if whole.endswith("\ufffd") and end < len(ids):
+            out.append("")
+        else:
+            out.append(whole[len(before) :])
+            context, start = start, end
+    return out
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""

@@ -18,8 +18,9 @@ from rwft.config import Config, as_dict
 from rwft.data.example import Source
 from rwft.errors import ConfigError, DataError
 from rwft.progress import Display
-from rwft.rowview import row_command, show_row, wanted_row
+from rwft.rowview import pieces, row_command, show_row, wanted_row
 from tests.tiny import tiny
+from tests.tokenizers_for_tests import byte_bpe, llama_like, prefix_space
 
 
 def rows(folder: Path) -> Path:
@@ -77,6 +78,17 @@ def test_colours_say_what_is_trained(tmp_path: Path) -> None:
     assert "\x1b[32mc\x1b[0m" in good  # green
     assert "\x1b[31me\x1b[0m" in bad  # red: its advantage is -0.5
     assert "\x1b[2mb\x1b[0m" in good  # dim: of the prompt
+
+
+def test_the_spaces_of_sentencepiece_are_shown() -> None:
+    tokenizer = llama_like()
+    names = ["<s>", "▁hi", "▁7", "hi", "▁", "▁hi", "<0xC3>", "<0xA9>", "a", "▁7", "</s>"]
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
+    assert pieces(tokenizer, ids) == ["<s>", " hi", " 7", "hi", " ", " hi", "", "é", "a", " 7", "</s>"]
+    assert pieces(tokenizer, ids[1:3]) == ["hi", " 7"]  # the space that begins a text is the tokenizer's
+    assert pieces(tokenizer, ids[6:7]) == ["\ufffd"]
+    assert pieces(byte_bpe(), byte_bpe()("7 hié!").input_ids) == ["7", " hi", "", "é", "!"]
+    assert pieces(prefix_space(), prefix_space()("Q 7 hi").input_ids) == ["Q", " 7", " hi"]
 
 
 def test_weights_that_need_the_policy_are_not_shown(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rwft.data.ledger import dropped_lines
 from rwft.data.rows import Rows, open_rows, record, write_rows
 from rwft.data.sources import local_files
 from rwft.data.tasks import task_files
-from rwft.data.tokenize import Dropped, Tokenize
+from rwft.data.tokenize import ANSWER_TOO_LONG, TOO_LONG, Dropped, Tokenize
 from rwft.data.workers import tokens_of, worker_count
 from rwft.durable import sha256, write_atomic
 from rwft.errors import DataError
@@ -98,17 +98,28 @@ def prepare(
         path, eval_path = task_files(config.task, cache / "tasks")
     report = Report()
     rows = tokenised(path, config, tokenize, cache, report, tick)
+    _check_some(rows, report, config.max_length)
     if eval_path is not None:
         held_out = tokenised(eval_path, config, tokenize, cache, Report(), tick)
     else:
         rows, held_out = split(rows, config.eval_fraction)
-    if len(rows) == 0:
-        raise DataError("data: no rows are left to train on: " + "; ".join(report.lines()))
     require(rows, reads, config.credit)
     given, credit = (rows.reward, rows.group, rows.trained), None
     if not np.isnan(rows.reward).any():
         credit = fit(config.credit, *given, folder=rows.folder)
     return Prepared(rows, held_out if held_out is not None and len(held_out) else None, credit, report)
+
+
+def _check_some(rows: Rows, report: Report, limit: int) -> None:
+    """Refuse data of which nothing is left, and say why."""
+    if len(rows):
+        return
+    if set(report.dropped) <= {TOO_LONG, ANSWER_TOO_LONG}:
+        raise DataError(
+            f"data: all {sum(report.dropped.values())} rows are longer than data.max_length ({limit}), expected some "
+            "that fit; raise data.max_length, or set data.overlong: truncate_prompt, which keeps the answers"
+        )
+    raise DataError("data: no rows are left to train on: " + "; ".join(report.lines()))
 
 
 def tokenised(
@@ -203,7 +214,14 @@ def require(rows: Rows, reads: frozenset[str], credit: CreditConfig) -> None:
     """Refuse data that lack what the objective reads, naming a row that lacks it."""
     needs = sorted(name for name in reads if name == "reward" or SIGNALS[name].source == "credit")
     if needs and np.isnan(rows.reward).any():
-        index = int(np.flatnonzero(np.isnan(rows.reward))[0])
+        null = np.flatnonzero(np.isnan(rows.reward))
+        if len(null) < len(rows):
+            raise DataError(
+                f"{rows.source(int(null[0]))}: reward: found null, as in {len(null)} of {len(rows)} rows to train on, "
+                f"expected a number in each, since the objective reads {', '.join(needs)}; leave these rows out of the "
+                "data, or choose an objective without rewards, such as sft"
+            )
+        index = int(null[0])
         raise DataError(
             f"{rows.source(index)}: no reward, but the objective reads {', '.join(needs)}; give a reward column, "
             "e.g. adapter: {name: scored, reward: <column>}, or choose an objective without rewards, such as sft"

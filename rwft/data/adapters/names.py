@@ -1,0 +1,73 @@
+"""What names of columns mean: which change what is trained, which may be left out, which stand for the same."""
+
+from __future__ import annotations
+
+import re
+
+# A column with such a word in its name would change what is trained, so no format that leaves it out fits.
+JUDGEMENT = re.compile(
+    r"(^|[^a-z])(reward|score|rating|label|advantage|preference|chosen|rejected|weight|return|rank|logprob|finish|kto)s?([^a-z]|$)",
+    re.IGNORECASE,
+)
+# So would a verdict or a number under such a name; text under it is an answer to compare with.
+VERDICT = re.compile(
+    r"(^|[^a-z])(correct|correctness|success|passed|thumbs|votes|liked|accepted|verdict|grade|good|better|winner|quality|helpfulness)([^a-z]|$)",
+    re.IGNORECASE,
+)
+# And so would anything at all under these.
+FEEDBACK = re.compile(
+    r"(^|[^a-z])(feedback|thumb|thumbs|(up|down)?vote|(dis)?like|(dis)?liked|approval|verdict)s?([^a-z]|$)",
+    re.IGNORECASE,
+)
+CONTENT = {"completion", "response", "generation", "output", "message", "conversation"}
+CONTENT |= {"system", "history", "tool", "image"}
+CARRIERS = ("messages", "content", "text", "full_text")  # what a mapping calls the text in it
+TALK = {"text", "messages", "texts", "turns", "conversations", "mapping", "mappings", "lists"}
+HARMLESS = {
+    "preference": {"messages", "chosen_model", "rejected_model"},  # the first repeats the chosen conversation
+    "comparison": {"preference_statement", "preference_elaboration", "all_preferences_unprocessed"},
+    "prm800k": {"is_quality_control_question"},
+    "open_instruct": {"advantage"},  # credit is assigned anew
+    "nemo_rollouts": {"advantages", "prev_logprobs", "content"},
+    "trl_completions": {"advantage"},
+    "halos_pairwise": {"reward_difference"},
+}
+# What the writer of a dump left out, and the description says. Its columns never go by other names.
+NOT_LOGGED = {
+    "open_instruct": "which tokens are tool outputs",
+    "verl_rollouts": "chat markup, token ids, log-probabilities, how completions ended",
+    "trl_completions": "chat markup, token ids, log-probabilities, how completions ended, the total reward",
+    "openrlhf": "token ids, log-probabilities, group ids, how completions ended",
+    "trlx": "token ids, log-probabilities, group ids, how completions ended",
+    "halos_binary": "token ids, log-probabilities, how completions ended",
+    "halos_pairwise": "token ids, log-probabilities, how completions ended",
+    "nemo_rollouts": "group ids, finish reasons (the last token tells)",
+    "minari": "log-probabilities",
+    "d4rl": "log-probabilities",
+}
+EXAMPLES = {"tokenizer": "path/to/model"}  # of settings that are neither a column nor weights of columns
+VERL_PROMPTS = {"data_source", "prompt", "reward_model"}
+VERDICTS = (
+    "is_correct",
+    "correct",
+    "passed",
+    "success",
+    "thumbs_up",
+    "thumbs",
+    "liked",
+    "accepted",
+    "feedback",
+    "vote",
+)
+SYNONYMS = (
+    ("prompt", "question", "instruction", "query", "problem", "input", "context", "history"),
+    ("completion", "response", "answer", "output", "solution", "generation"),
+    ("reward", "score", "rating", "value", "label", *VERDICTS),
+    ("completions", "generations", "responses", "outputs", "answers", "samples"),
+    ("rewards", "scores", "ratings", "labels", "correctness_math_verify", "correctness"),
+    ("messages", "conversations", "conversation", "dialogue"),
+    ("chosen", "preferred", "preferred_output", "winner", "output_A"),
+    ("rejected", "dispreferred", "non_preferred_output", "loser", "output_B"),
+    ("first", "response_0", "response_1", "response1", "answer_0", "human_ref_A"),
+    ("second", "response_2", "response_1", "response2", "answer_1", "human_ref_B"),
+)
