@@ -1,4 +1,4 @@
-"""Rows from files, strictly: JSONL, JSON arrays, Parquet, Arrow folders, datasets of the Hub.
+"""Rows from files, strictly: JSONL, JSON arrays, CSV, TSV, Parquet, Arrow folders, datasets of the Hub.
 
 Where a row came from travels with it. Numbers that are not finite are refused wherever they
 stand. No code is ever run from data.
@@ -17,11 +17,13 @@ from typing import Any, cast
 
 from rwft.data.example import Source
 from rwft.data.ledger import Ledger
+from rwft.data.strict_csv import read_csv
 from rwft.data.strict_json import Row, finite, first_leaf, read_json
 from rwft.errors import ConfigError, DataError, did_you_mean
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, ".parquet")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SPLIT = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?:ing)?(?=[-_.]|$)")
 BATCH = 1000
@@ -156,7 +158,7 @@ def _split_of(file: Path) -> str | None:
 def _file(path: Path, ledger: Ledger) -> Iterator[tuple[Row, Source]]:
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: found a file of unknown format, expected a name ending in {', '.join(SUFFIXES)}")
-    read = _parquet if path.name.endswith(".parquet") else read_json
+    read = _parquet if path.name.endswith(".parquet") else read_csv if path.name.endswith(CSV_SUFFIXES) else read_json
     try:
         yield from read(path, str(path), ledger)
     except OSError as error:

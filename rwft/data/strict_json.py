@@ -36,8 +36,8 @@ class Fault(Exception):
 def read_json(path: Path, name: str, ledger: Ledger) -> Iterator[tuple[Row, Source]]:
     """The rows of one file; problems go to the ledger, and their rows are not given."""
     before = ledger.count
-    with _open(path) as handle:
-        lines = _lines(handle, name, ledger)
+    with open_plain(path) as handle:
+        lines = numbered_lines(handle, name, ledger)
         first = next((item for item in lines if not _blank(item[1], ledger)), None)
         if first is None:
             if ledger.count == before:
@@ -53,7 +53,8 @@ def read_json(path: Path, name: str, ledger: Ledger) -> Iterator[tuple[Row, Sour
                 yield from _row(number, line, name, ledger)
 
 
-def _open(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BinaryIO:
+    """The bytes of a file, unzipped if it is gzipped."""
     with path.open("rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
     return cast(BinaryIO, gzip.open(path, "rb")) if zipped else path.open("rb")
@@ -66,7 +67,7 @@ def _blank(line: bytes, ledger: Ledger) -> bool:
     return blank
 
 
-def _lines(handle: BinaryIO, name: str, ledger: Ledger) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(handle: BinaryIO, name: str, ledger: Ledger) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of at most MAX_LINE bytes; a longer one is a problem and is never held in memory."""
     number = 0
     try:
@@ -100,7 +101,7 @@ def _row(number: int, line: bytes, name: str, ledger: Ledger) -> Iterator[tuple[
 
 def parse_line(line: bytes) -> Row:
     """One line as one object; raises Fault."""
-    text = _decode(line)
+    text = decoded(line)
     try:
         return check(DECODER.decode(text), text)
     except json.JSONDecodeError as error:
@@ -111,7 +112,8 @@ def parse_line(line: bytes) -> Row:
         raise Fault(f"found a number that cannot be read ({error}), expected a finite one") from None
 
 
-def _decode(data: bytes) -> str:
+def decoded(data: bytes) -> str:
+    """Bytes as UTF-8; raises Fault with the column of what is not."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -206,7 +208,7 @@ def _key(path: str, key: str) -> str:
 def _array(number: int, line: bytes, handle: BinaryIO, name: str, ledger: Ledger) -> Iterator[tuple[Row, Source]]:
     """The objects of one JSON array that starts in line `number`; each is placed by line and column."""
     try:
-        text = _decode(line + handle.read())
+        text = decoded(line + handle.read())
     except Fault as fault:
         ledger.problem(f"{name}:{number}", fault)
         return
