@@ -260,6 +260,14 @@ def test_a_column_with_a_dot_in_its_name_wins_over_the_path() -> None:
     assert only("scored", row, prompt="a.b").prompt == "flat"
 
 
+def test_a_dotted_name_reaches_into_lists() -> None:
+    row = SCORED | {"choices": [{"message": {"content": "3"}}, {"message": {"content": "4"}}]}
+    assert only("scored", row, completion="choices.0.message.content").completion == "3"
+    assert only("scored", row, completion="choices.1.message.content").completion == "4"
+    refused("scored", row, "no such column", completion="choices.2.message.content")
+    refused("scored", row, "no such column", completion="choices.first.message.content")
+
+
 def test_text_numbers_only_if_allowed_and_counted() -> None:
     refused("scored", SCORED | {"reward": "4"}, r"reward: found text '4', expected a finite number \(to read text")
     out = adapted("scored", SCORED | {"reward": " -4.5e1 "}, text_numbers=True)

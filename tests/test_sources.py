@@ -130,6 +130,22 @@ def test_no_row_comes_after_the_first_problem(tmp_path: Path) -> None:
     assert error.count == 2
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_around_all_rows_is_named(indent: int | None, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"data": [ROW] * 3, "version": 1}, indent=indent))
+    with pytest.raises(BadRows) as caught:
+        rows_of(file)
+    assert str(caught.value) == (
+        f"{file}:1: found one object with 3 rows in `data`, expected an array of objects, or one object per line; "
+        "write the rows alone, e.g. jq -c '.data[]'"
+    )
+    file.write_text(lines({"data": "text"}, {"data": "more"}) + lines({"data": [ROW]}))
+    assert [row["data"] for row in rows_of(file)] == ["text", "more", [ROW]]
+    file.write_text(lines({"messages": [{"role": "user"}]}))
+    assert rows_of(file) == [{"messages": [{"role": "user"}]}]
+
+
 def test_sources_are_lines_of_text_from_1_and_rows_of_tables_from_0(tmp_path: Path) -> None:
     text = tmp_path / "a.jsonl"
     text.write_text("\n" + lines(ROW) + "\n" + lines(ROW), encoding="utf-8")

@@ -105,7 +105,8 @@ class Chat:
         if self.template is None:
             raise DataError(
                 f"{source}: found messages, but the tokenizer has no chat template; "
-                "set its chat_template (model.tokenizer), or map columns of text"
+                "save one with it and set model.tokenizer to that folder (docs/data.md, Chat templates), "
+                "or map columns of text"
             )
         plain = [{k: v for k, v in message.items() if k != "weight" and v is not None} for message in messages]
         try:

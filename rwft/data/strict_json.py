@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from math import isfinite
@@ -21,6 +22,7 @@ Row = dict[str, Any]
 MAX_LINE = 16 * 2**20
 BOM = b"\xef\xbb\xbf"
 TOO_DEEP = "found nesting that is too deep, expected an object of a few levels"
+WRAPPER = re.compile(rb'\s*\{\s*"(data|rows|examples|records|items|instances|train)"\s*:')
 BLANK = b" \t\r\n"
 NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
@@ -47,10 +49,41 @@ def read_json(path: Path, name: str, ledger: Ledger) -> Iterator[tuple[Row, Sour
         if ".json" in path.suffixes and line.lstrip(BLANK).startswith(b"["):
             yield from _array(number, line, handle, name, ledger)
             return
+        if ".json" in path.suffixes and (wrapped := _wrapped(line, handle)):
+            ledger.problem(f"{name}:{number}", wrapped)
+            return
         yield from _row(number, line, name, ledger)
         for number, line in lines:
             if not _blank(line, ledger):
                 yield from _row(number, line, name, ledger)
+
+
+def _wrapped(line: bytes, handle: BinaryIO) -> str | None:
+    """What to do about a file that is one object around its rows; None if it is none, and nothing of it is read."""
+    start = handle.tell()
+    key = WRAPPER.match(line if len(line.strip(BLANK)) > 1 else line + handle.readline(MAX_LINE))
+    handle.seek(start)
+    name = key.group(1).decode() if key else ""
+    rows = _whole(line, handle).get(name) if key else None
+    handle.seek(start)
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return None
+    return (
+        f"found one object with {len(rows)} rows in `{name}`, expected an array of objects, or one object per line; "
+        f"write the rows alone, e.g. jq -c '.{name}[]'"
+    )
+
+
+def _whole(line: bytes, handle: BinaryIO) -> dict[str, Any]:
+    """The one object of a file that begins with this line; an empty one if there are several, or it is broken."""
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        first = None
+    try:
+        return json.loads(line + handle.read()) if first is None or not handle.read(1) else {}
+    except (ValueError, RecursionError):
+        return {}
 
 
 def open_plain(path: Path) -> BinaryIO:

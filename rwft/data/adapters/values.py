@@ -29,14 +29,17 @@ class MissingColumn(DataError):
 
 
 def column(row: Row, key: str) -> Any:
-    """The value at `key`. A dotted key reaches into nested mappings, unless a column has that very name."""
+    """The value at `key`. A dotted key reaches into mappings and lists, unless a column has that very name."""
     if key in row:
         return row[key]
     value: Any = row
     for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, Mapping) and part in value:
+            value = value[part]
+        else:
             raise MissingColumn(key, row)
-        value = value[part]
     return value
 
 
