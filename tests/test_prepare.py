@@ -42,7 +42,7 @@ def test_rows_that_are_left_out_for_several_reasons_are_counted(tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         prepared(tmp_path, *rows, max_length=16, eos="never")
     assert str(caught.value).startswith("data: no rows are left to train on: scored: ")
-    assert str(caught.value).endswith("dropped 1: longer than data.max_length; dropped 1: nothing to train on")
+    assert "; dropped 1: longer than data.max_length; dropped 1: nothing to train on" in str(caught.value)
 
 
 def test_rewards_that_are_null_in_some_rows(tmp_path: Path) -> None:
@@ -65,3 +65,17 @@ def test_rewards_that_are_null_in_some_rows(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: reward: found null, as in 3 of 5 rows ")
     with pytest.raises(DataError, match=r"rows.jsonl:1: no reward, but the objective reads reward; give a reward col"):
         talk(tmp_path, chat(), chat())
+
+
+def test_what_is_empty_and_what_is_held_out_but_trained_is_counted(tmp_path: Path) -> None:
+    rows = [("a", "x"), ("", "x"), ("", "y"), ("b", ""), ("c", "z")]
+    trained = [{"prompt": prompt, "completion": completion, "reward": 1.0} for prompt, completion in rows]
+    folder = tmp_path / "held_out"
+    folder.mkdir()
+    others = [{"prompt": prompt, "completion": "w", "reward": 0.0} for prompt in ("c", "a", "d", "c")]
+    report = prepared(tmp_path, *trained, eval_path=str(saved(folder, *others))).report
+    assert report.notes["empty prompt"] == 2
+    assert report.notes["empty completion"] == 1
+    assert report.notes["row of data.eval_path with a prompt that is also trained on"] == 3
+    assert "2 x empty prompt" in report.lines()
+    assert not prepared(tmp_path, *trained[:1], eval_path=str(saved(folder, others[2]))).report.notes

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rwft.config import CreditConfig, DataConfig, plain
 from rwft.data.adapters import Examples, read_examples
+from rwft.data.columns import spans
 from rwft.data.credit import VALUE, Credit, fit
 from rwft.data.example import Example
 from rwft.data.ledger import dropped_lines
@@ -30,6 +31,7 @@ from rwft.errors import DataError
 from rwft.signals import SIGNALS
 
 VERSION = "rows-4"
+SEEN = "row of data.eval_path with a prompt that is also trained on"
 BLOCK = 256  # examples tokenised at once
 
 
@@ -101,6 +103,8 @@ def prepare(
     _check_some(rows, report, config.max_length)
     if eval_path is not None:
         held_out = tokenised(eval_path, config, tokenize, cache, Report(), tick)
+        if seen := _also_trained(held_out, rows):
+            report.notes[SEEN] += seen
     else:
         rows, held_out = split(rows, config.eval_fraction)
     require(rows, reads, config.credit)
@@ -108,6 +112,18 @@ def prepare(
     if not np.isnan(rows.reward).any():
         credit = fit(config.credit, *given, folder=rows.folder)
     return Prepared(rows, held_out if held_out is not None and len(held_out) else None, credit, report)
+
+
+def _also_trained(held_out: Rows, rows: Rows) -> int:
+    """How many of the held-out rows are of a group, which is a prompt unless the data say otherwise, of the others."""
+    groups, rest = np.unique(held_out.group), held_out.group
+    if not len(groups):
+        return 0
+    both = np.zeros(len(groups), dtype=bool)
+    for part in spans(len(rows)):
+        place = np.minimum(np.searchsorted(groups, rows.group[part]), len(groups) - 1)
+        both[place[groups[place] == rows.group[part]]] = True
+    return int(both[np.searchsorted(groups, rest)].sum())
 
 
 def _check_some(rows: Rows, report: Report, limit: int) -> None:

@@ -20,6 +20,8 @@ from rwft.registry import place
 from rwft.weighting import split_spec
 
 SAMPLE = 1000
+NO_PROMPT = "empty prompt"
+NO_COMPLETION = "empty completion"
 
 
 def read_examples(
@@ -101,6 +103,10 @@ class Examples:
             number(example.reward, "reward")
         if isinstance(example.prompt, str) != isinstance(example.completion, str):
             raise DataError("completion: found another kind than in prompt, expected both text or both messages")
+        if not example.prompt:
+            ledger.notes[NO_PROMPT] += 1
+        if isinstance(example.completion, str) and not example.completion.strip():
+            ledger.notes[NO_COMPLETION] += 1
         if "group" in self.choice.columns and example.group is not None:
             self._check_group(example, ledger)
         return example
