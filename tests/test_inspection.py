@@ -78,7 +78,7 @@ def test_weights_that_need_the_policy_are_not_guessed(tmp_path: Path) -> None:
 def test_dropped_rows_are_counted_with_their_reason(tmp_path: Path) -> None:
     text = said(config(tmp_path, "data.max_length=7"), tokens=True)
     assert "6 rows to train on" in text
-    with pytest.raises(ValueError, match=r"6: longer than data\.max_length"):
+    with pytest.raises(ValueError, match=r"all 6 rows are longer than data\.max_length \(6\)"):
         said(config(tmp_path, "data.max_length=6"), tokens=True)
 
 
