@@ -14,6 +14,7 @@ from rich.console import Console
 from rwft.config import Config, load_config, resolve
 from rwft.data.adapters import read_examples
 from rwft.data.example import Message
+from rwft.data.ledger import dropped_lines
 from rwft.data.prepare import Prepared, prepare
 from rwft.idle import idle_note
 from rwft.progress import Display
@@ -50,7 +51,7 @@ def inspect_file(config: Config, display: Display) -> None:
         lengths.append(sum(map(len, turns)))
         groups[example.group] += 1
     display.say(examples.description, f"{examples.ledger.rows} rows, {len(lengths)} examples")
-    display.say(*(f"dropped {n}: {reason}" for reason, n in sorted(examples.ledger.dropped.items())))
+    display.say(*dropped_lines(examples.ledger.dropped, examples.ledger.first))
     display.say(*(f"{n} x {note}" for note, n in sorted(examples.ledger.notes.items())))
     _distribution(display, "reward", np.asarray(rewards), len(lengths))
     _distribution(display, "characters in a completion", np.asarray(lengths, dtype=np.float64), len(lengths))
