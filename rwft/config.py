@@ -82,13 +82,28 @@ def overridden(content: Mapping[str, Any], overrides: Sequence[str]) -> Any:
 
     given: Any = OmegaConf.create(dict(content))
     for override in overrides:
-        one, key = OmegaConf.from_dotlist([override]), override.partition("=")[0]
+        one, key = _parsed(override), override.partition("=")[0]
         value, there = (OmegaConf.select(node, key, throw_on_resolution_failure=False) for node in (one, given))
         whole = OmegaConf.is_list(value) or (OmegaConf.is_dict(value) and "name" in value)
         if whole and OmegaConf.is_config(there):
             OmegaConf.update(given, key, None, merge=False)
         given = OmegaConf.merge(given, one)
     return given
+
+
+def _parsed(override: str) -> Any:
+    """One `key=value` as a nested mapping; the value is YAML."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, IndexError) as error:  # the latter for a key of brackets alone
+        reason = getattr(error, "problem", None) or str(error)
+        raise ConfigError(
+            f"override '{redact(override)}': not readable as YAML: {redact(' '.join(reason.split()))}; close every "
+            "bracket, and quote text that holds one: key='{name: \"a[0]\"}'"
+        ) from None
 
 
 def resolve(content: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "config") -> Config:

@@ -16,6 +16,10 @@ LEAST: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "rows.jsonl"}}
 ONE_OF_MODEL = "expected one of `path` (a folder or Hub name) and `config` (an architecture)"
 
 
+BAD_YAML = "override '%s': not readable as YAML"
+MEND = "; close every bracket, and quote text that holds one: key='{name: \"a[0]\"}'"
+
+
 def refusal(content: dict[str, Any], *overrides: str) -> str:
     """The one line that refuses it."""
     with pytest.raises(UserError) as caught:
@@ -185,6 +189,14 @@ def test_an_unknown_objective_offers_the_nearest() -> None:
         ("train.lr=", "run.yaml: train.lr: found None, expected a number"),
         ("lr=1", "run.yaml: 'lr' is no setting; did you mean 'train.lr'?"),
         ("model=foo", "run.yaml: model: found 'foo', expected a mapping of settings"),
+        ("data.adapter={name: scored", f"{BAD_YAML % 'data.adapter={name: scored'}: did not find expected ',' or '}}'{MEND}"),
+        ("objective=[dft", f"{BAD_YAML % 'objective=[dft'}: did not find expected ',' or ']'{MEND}"),
+        (
+            "data.adapter={completion: response.choices[0].message.content}",
+            f"{BAD_YAML % 'data.adapter={completion: response.choices[0].message.content}'}: did not find expected "
+            f"',' or '}}'{MEND}",
+        ),
+        ("[=1", f"{BAD_YAML % '[=1'}: list index out of range{MEND}"),
         ("output=${x}", "run.yaml: output: interpolations are not read here; write the value itself"),
     ],
 )
