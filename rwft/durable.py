@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +42,22 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def refuse_unwritable(key: str, path: Path) -> None:
+    """Before any work: raises UserError where no folder `path` could be made and written, SaveError on a full disk."""
+    place = path.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryDirectory(prefix=TMP, dir=place):
+            pass  # the only test that also holds for root, and for file systems of the system's own
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SaveError(f"{key}: {path} cannot be written: {disk_report(error, place)}") from error
+        raise UserError(
+            f"{key}: {path} cannot be written: {place}: {error.strerror}; name a folder that can be made and written"
+        ) from error
 
 
 def write_new(path: Path, data: bytes) -> None:

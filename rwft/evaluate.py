@@ -12,6 +12,7 @@ import numpy as np
 
 from rwft.config import Config, ModelConfig, load_config
 from rwft.data.rows import Rows
+from rwft.durable import refuse_unwritable
 from rwft.errors import ConfigError
 from rwft.logged import off_policy
 from rwft.model_files import check_adapter
@@ -72,6 +73,7 @@ def evaluate(
         accelerator = start_accelerator(config)
         tokenizer = load_tokenizer(config.model)
         cache = Path(config.cache).expanduser()
+        refuse_unwritable("cache", cache)
         data = prepare(config.data, tokenizer, frozenset(), cache, display.ticker("reading rows"))
         if data.held_out is None:
             raise ConfigError("evaluate: no rows are held out; set data.eval_path, or data.eval_fraction above 0")

@@ -17,6 +17,7 @@ from rwft.data.example import Message
 from rwft.data.ledger import dropped_lines
 from rwft.data.prepare import Prepared, prepare
 from rwft.idle import idle_note
+from rwft.durable import refuse_unwritable
 from rwft.progress import Display
 from rwft.temperature import data_weights, effective_sample_size, fit_temperatures, fitted_sentences, sweeps
 from rwft.weighting import Objective, build_objective
@@ -70,7 +71,9 @@ def inspect_config(config: Config, display: Display) -> None:
     objective = build_objective(config.objective)
     tokenizer = load_tokenizer(config.model)
     tick = display.ticker("reading and tokenising rows")
-    data = prepare(config.data, tokenizer, objective.reads, Path(config.cache).expanduser(), tick)
+    cache = Path(config.cache).expanduser()
+    refuse_unwritable("cache", cache)
+    data = prepare(config.data, tokenizer, objective.reads, cache, tick)
     display.say(*data.report.lines())
     held_out = len(data.held_out) if data.held_out is not None else 0
     display.say(f"{len(data.train)} rows to train on, {held_out} held out")

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rwft.alarms import AlarmLog
 from rwft.config import Config
-from rwft.durable import writing
+from rwft.durable import refuse_unwritable, writing
 from rwft.errors import Interrupted
 from rwft.held_out import held_out_likelihood
 from rwft.manifest import EVERY, Manifest, open_manifest
@@ -173,6 +174,8 @@ def train(config: Config, *, fresh: bool = False, console: Any = None) -> RunRes
                 f"{folder.path}: this run is finished ({finished.steps} steps); nothing to do (--fresh starts over)"
             )
             return finished
+        for key, path in (("output", config.output), ("cache", config.cache)):
+            refuse_unwritable(key, Path(path).expanduser())
         training = prepare_training(config, accelerator, folder, display)
         with start_run(config, folder, fresh):
             if accelerator.is_main_process:

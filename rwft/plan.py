@@ -21,6 +21,7 @@ from rwft.data.batching import Plan
 from rwft.data.packing import packing
 from rwft.data.prepare import Prepared, prepare
 from rwft.data.shared import sharing
+from rwft.durable import refuse_unwritable
 from rwft.errors import ConfigError, did_you_mean
 from rwft.footprint import Footprint, Outline, activations
 from rwft.idle import idle_rows
@@ -106,6 +107,7 @@ def describe(config: Config, processes: int, engine: str, display: Display) -> N
     objective = build_objective(config.objective)
     tick = display.ticker("reading and tokenising rows")
     cache = Path(config.cache).expanduser()
+    refuse_unwritable("cache", cache)
     data = prepare(config.data, load_tokenizer(config.model), objective.reads, cache, tick)
     objective = fit_temperatures(objective, data)
     outline = Outline(config.model)

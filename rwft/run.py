@@ -96,7 +96,7 @@ class RunFolder:
             if status["state"] != "done":
                 return None
             return RunResult(**json.loads((self.path / "result.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise RwftError(
@@ -144,7 +144,6 @@ def start_run(config: Config, folder: RunFolder, fresh: bool) -> Iterator[None]:
         with RunLock(folder.path):
             pass  # nobody is at work in what is moved
         folder.path.rename(_free_name(folder.path))
-    folder.path.mkdir(parents=True, exist_ok=True)
     with RunLock(folder.path):
         if not (folder.path / CONFIG).exists():
             write_atomic(folder.path / CONFIG, to_yaml(config))

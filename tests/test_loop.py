@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rwft.config import TrainConfig
-from rwft.errors import ConfigError, DataError, NonFiniteError, ObjectiveError
+from rwft.errors import ConfigError, DataError, NonFiniteError, ObjectiveError, SaveError, UserError
 from rwft.loop import train
 from rwft.step import learning_rate
 from tests.tiny import tiny
@@ -128,6 +129,31 @@ def test_mistakes_are_one_line_and_write_nothing(
         train(tiny(tmp_path, *(o.format(folder=tmp_path) for o in overrides), objective=objective))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["output", "cache"])
+@pytest.mark.parametrize(("place", "reason"), [("file/x", "Not a directory"), ("/proc/x", "No such file")])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(
+    key: str, place: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc lets nobody make a folder, root neither."""
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("rwft.loop.prepare_training", lambda *_: pytest.fail("it went to work"))
+    path = tmp_path / place  # an absolute one stands for itself
+    with pytest.raises(UserError, match=rf"^{key}: {path} cannot be written: .*{reason}") as caught:
+        train(tiny(tmp_path, f"{key}={path}"))
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_no_mistake_of_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(SaveError, match=r"No space left") as caught:
+        train(tiny(tmp_path))
+    assert caught.value.exit_status == 4
 
 
 def test_a_weight_that_is_not_finite_stops_before_the_parameters_move(tmp_path: Path) -> None:
