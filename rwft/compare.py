@@ -54,6 +54,7 @@ def compare(config: Config, *, fresh: bool = False, console: Any = None, command
     from rwft.progress import Display
 
     _refuse_ranks()
+    _refuse_run(Path(config.output).expanduser())
     labels = [*([PRIOR] if config.compare.prior else []), *objectives(config)]
     with Display(console, main=True) as display:
         display.say(*settings_note(config))
@@ -85,6 +86,11 @@ def write_all(config: Config, result: Comparison, folder: Path, command: str | N
 def _refuse_ranks() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("compare: started on several ranks; start it once, without torchrun, and use compare.workers")
+
+
+def _refuse_run(folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"output: {folder} holds a run of `rwft train`, not a comparison; name another folder")
 
 
 def objectives(config: Config) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from rwft.run import RunFolder, RunResult, open_run, replace_folder, start_run, 
 from rwft.setup import prepare_training, start_accelerator
 from rwft.step import optimiser_step
 from rwft.training import Training
+from rwft.verifiers import build_verifier
 
 TWICE = 1.0  # seconds in which a terminal and a launcher may deliver the same signal again
 LONG_SAVE, GRACE = 20, 30  # seconds: a save that is warned about; what torchrun waits before it kills
@@ -176,6 +177,8 @@ def train(config: Config, *, fresh: bool = False, console: Any = None) -> RunRes
             return finished
         for key, path in (("output", config.output), ("cache", config.cache)):
             refuse_unwritable(key, Path(path).expanduser())
+        if config.evaluate.verifier is not None:
+            build_verifier(config.evaluate.verifier)  # read behind the training, where a mistake would come too late
         training = prepare_training(config, accelerator, folder, display)
         with start_run(config, folder, fresh):
             if accelerator.is_main_process:

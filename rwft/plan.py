@@ -30,6 +30,7 @@ from rwft.progress import Display
 from rwft.regularizers import build_regularizers
 from rwft.setup import make_plan
 from rwft.temperature import fit_temperatures
+from rwft.verifiers import build_verifier
 from rwft.weighting import Objective, build_objective
 
 ENGINES = ("one", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
@@ -105,6 +106,8 @@ def launched() -> str:
 def describe(config: Config, processes: int, engine: str, display: Display) -> None:
     """Everything, in the order in which a run meets it: data, model, memory, work."""
     objective = build_objective(config.objective)
+    if config.evaluate.verifier is not None:
+        build_verifier(config.evaluate.verifier)
     tick = display.ticker("reading and tokenising rows")
     cache = Path(config.cache).expanduser()
     refuse_unwritable("cache", cache)

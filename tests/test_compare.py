@@ -228,6 +228,15 @@ def test_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         compare(settings(tmp_path))
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_s_folder_is_no_output_of_a_comparison(tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"^output: .*out holds a run of `rwft train`, not a comparison; name anothe"):
+        compare(settings(tmp_path), fresh=fresh)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.yaml"]
+
+
 # -- what is concluded -------------------------------------------------------------------------------------------------
 
 

@@ -146,6 +146,27 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(
     assert "\n" not in str(caught.value)
 
 
+def test_a_verifier_that_cannot_be_loaded_is_found_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing but an evaluation, later, would call it."""
+    file = tmp_path / "letters.py"
+    file.write_text("def share(completion: str) -> float:\n    return 1.0\n")
+    monkeypatch.setattr("rwft.loop.prepare_training", lambda *_: pytest.fail("it went to work"))
+    with pytest.raises(ObjectiveError, match=r"has no function 'shar'; did you mean 'share'\?"):
+        train(tiny(tmp_path, f"evaluate.verifier={file}:shar"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_s_folder_is_no_output_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "compare.yaml").write_text("")
+    for fresh in (False, True):
+        with pytest.raises(ConfigError, match=r"run holds a comparison, not one run; name another folder$"):
+            train(tiny(tmp_path), fresh=fresh)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["compare.yaml"]
+
+
 def test_a_full_disk_is_no_mistake_of_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
