@@ -16,8 +16,9 @@ from rwft.data.adapters import read_examples
 from rwft.data.example import Message
 from rwft.data.ledger import dropped_lines
 from rwft.data.prepare import Prepared, prepare
-from rwft.idle import idle_note
+from rwft.data_alone import refuse_all_zero, undistinguished, zero_weight_rows
 from rwft.durable import refuse_unwritable
+from rwft.idle import idle_note
 from rwft.progress import Display
 from rwft.temperature import data_weights, effective_sample_size, fit_temperatures, fitted_sentences, sweeps
 from rwft.weighting import Objective, build_objective
@@ -87,6 +88,9 @@ def inspect_config(config: Config, display: Display) -> None:
     show_weights(fitted, data, display)
     display.say(*(idle_note(fitted, data) or ["no row has weight zero by data alone"]))
     show_temperatures(fitted, data, display)
+    display.say(*undistinguished(fitted, data))
+    if not config.regularize:
+        refuse_all_zero(fitted, data)
 
 
 def show_weights(objective: Objective, data: Prepared, display: Display) -> None:
@@ -94,6 +98,8 @@ def show_weights(objective: Objective, data: Prepared, display: Display) -> None
     weights = data_weights(objective, data)
     if weights is None:
         display.say(f"weights of '{objective}' depend on more than the rows' rewards; they are known once it trains")
+        if zero := int(zero_weight_rows(objective, data).sum()):
+            display.say(f"of weight zero by data alone: {zero} of {len(data.train)} rows")
         return
     _distribution(display, f"weight under '{objective}'", weights, len(weights))
     tokens = data.train.trained

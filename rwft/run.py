@@ -130,7 +130,9 @@ def open_run(config: Config, main: bool, fresh: bool) -> RunFolder:
         if not fresh:
             _same_config(config, folder.path / CONFIG)
     elif folder.path.exists() and any(p.name != LOCK for p in folder.path.iterdir()):
-        what = "a comparison, not one run" if (folder.path / "compare.yaml").exists() else "files that are no run of rwft"
+        what = (
+            "a comparison, not one run" if (folder.path / "compare.yaml").exists() else "files that are no run of rwft"
+        )
         raise ConfigError(f"output: {folder.path} holds {what}; name another folder")
     return folder
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -16,11 +15,11 @@ from rwft import zero
 from rwft.checkpoint import CheckpointStore
 from rwft.config import Config, as_dict
 from rwft.data.batching import Collate, Plan, Stored, pass_tokens
-from rwft.data.columns import spans
 from rwft.data.packing import tried_packing
 from rwft.data.prepare import Prepared, prepare
 from rwft.data.rows import Rows
 from rwft.data.shared import Sharing, sharing
+from rwft.data_alone import refuse_all_zero, undistinguished
 from rwft.errors import ConfigError, DataError, UserError, did_you_mean
 from rwft.estimator import weight_denominator
 from rwft.frozen import FrozenModels
@@ -93,7 +92,7 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
     data = prepare_once(config, tokenizer, reads, cache, accelerator, display)
     wanted, objective = objective, fit_temperatures(objective, data)
     display.say(*data.report.lines(), *unread_settings(config, objective, data), *fitted_sentences(wanted, objective))
-    display.say(*idle_note(objective, data))
+    display.say(*idle_note(objective, data), *undistinguished(objective, data))
     refuse_engine(config, accelerator)
     policy = load_policy(config.model, config.train.seed, accelerator.device)
     check_room(policy, data)
@@ -217,13 +216,9 @@ def make_plan(
     have no padding to save.
     """
     alive, coupled = None, "group" in objective.reads
-    if not penalties and not coupled:
-        zero = zero_weight_rows(objective, data)
-        if zero.all():
-            raise ConfigError(
-                f"objective '{objective}': every one of the {len(zero)} rows has weight zero; nothing to learn"
-            )
-        alive = ~zero if zero.any() else None
+    if not penalties:
+        zero = refuse_all_zero(objective, data)
+        alive = ~zero if zero.any() and not coupled else None
     if config.train.normalize == "weight":
         weights = data_weights(objective, data)
         weight_denominator(1.0, 0.0 if weights is None else float(weights.min()))
@@ -239,23 +234,6 @@ def make_plan(
         pass_tokens=pass_tokens(packed=packed),
         folder=data.train.folder,
     )
-
-
-def zero_weight_rows(objective: Objective, data: Prepared) -> NDArray[np.bool_]:
-    """`(n)`: rows whose weight is zero whatever the policy, because a factor that reads only row-level data says so."""
-    zero = np.zeros(len(data.train), dtype=bool)
-    if data.credit is None or data.credit.config.steps != "none":
-        return zero
-    known = data.known(data.train)
-    signals = {
-        name: torch.as_tensor(value)[:, None] if value.ndim else torch.as_tensor(value) for name, value in known.items()
-    }
-    for factor in objective.factors:
-        if factor.entry.reads and set(factor.entry.reads) <= signals.keys():
-            for part in spans(len(zero)):
-                here = {name: value[part] if value.ndim else value for name, value in signals.items()}
-                zero[part] |= (Objective((factor,))(here) == 0).expand(len(zero[part]), 1).squeeze(1).numpy()
-    return zero
 
 
 def unread_settings(config: Config, objective: Objective, data: Prepared) -> list[str]:

@@ -7,12 +7,17 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from rwft.config import Config, resolve
+from rwft.data_alone import sees_pairs, unpaired
+from rwft.errors import ConfigError
 from rwft.inspection import effective_sample_size, inspect_config, inspect_file
 from rwft.progress import Display
+from rwft.weighting import build_objective
 from tests.tiny import MODEL
 
 REWARDS = [0.0, 0.0, 0.0, 1.0, 1.0, 3.0]
@@ -39,7 +44,7 @@ def config(folder: Path, *overrides: str, objective: str = "rwr") -> Config:
 
 
 def said(settings: Config, *, tokens: bool) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=300, record=True, file=io.StringIO())
     with Display(console, main=True) as display:
         (inspect_config if tokens else inspect_file)(settings, display)
         return console.export_text()
@@ -73,6 +78,64 @@ def test_weights_that_need_the_policy_are_not_guessed(tmp_path: Path) -> None:
     text = said(config(tmp_path, objective="dft"), tokens=True)
     assert "weights of 'dft' depend on more than the rows' rewards" in text
     assert "effective sample size" not in text
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "rpo", "treg"])
+def test_rows_without_a_pair_weigh_zero_under_every_preference(name: str) -> None:
+    """Groups 7 (a tie and a better row: all in pairs), 3 (a tie) and 5 (a lone row), at a policy drawn at random."""
+    reward, group = np.array([1.0, 2.0, 1.0, 4.0, 4.0, 9.0]), np.array([7, 7, 7, 3, 3, 5])
+    dead = unpaired(reward, group)
+    assert dead.tolist() == [False, False, False, True, True, True]
+    draw = torch.Generator().manual_seed(0)
+    signals = {n: -torch.rand(6, 3, generator=draw, dtype=torch.float64) for n in ("logp", "ref_logp")}
+    signals |= {"reward": torch.tensor(reward)[:, None], "group": torch.tensor(group)}
+    signals |= {"advantage": torch.randn(6, 3, generator=draw, dtype=torch.float64), "mask": torch.ones(6, 3).double()}
+    objective = build_objective(name)
+    assert sees_pairs(objective.factors[0])
+    assert ((objective(signals) == 0).all(dim=1).numpy() == dead).all()
+
+
+def test_other_objectives_that_read_the_group_are_not_taken_for_pairs() -> None:
+    assert not any(sees_pairs(build_objective(n).factors[0]) for n in ("rwr_group", "a_star_po", "kto", "sft"))
+
+
+def test_pairs_are_counted_and_refused_where_there_are_none(tmp_path: Path) -> None:
+    """Prompts of the six rows: rewards 0 and 1, 0 and 1, 0 and 3; behind the limit the second of each is gone."""
+    assert "of weight zero by data alone" not in said(config(tmp_path, objective="dpo"), tokens=True)
+    assert "of weight zero by data alone: 1 of 5 rows" in said(
+        config(tmp_path, "data.limit=5", objective="dpo"), tokens=True
+    )
+    with pytest.raises(ConfigError, match=r"'dpo': every one of the 3 rows has weight zero \(no two rows of a group"):
+        said(config(tmp_path, "data.limit=3", objective="dpo"), tokens=True)
+    with pytest.raises(ConfigError, match=r"every one of the 6 rows has weight zero; nothing to learn"):
+        said(config(tmp_path, "objective={name: filtered_bc, threshold: 9}"), tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sentence"),
+    [
+        (
+            "{name: filtered_bc, threshold: 0}",
+            "all weights of 'filtered_bc(threshold=0.0)' are equal, by data alone: this is sft\n",
+        ),
+        ("[dft,{name: filtered_bc, threshold: 0}]", "are equal, by data alone: it changes nothing\n"),
+        ("kto", None),
+        (
+            "{name: kto, threshold: -1}",
+            "all 6 rows lie above the threshold -1 of 'kto(threshold=-1.0)' (0 to 3), so that all count as good",
+        ),
+        (
+            "{name: kto, threshold: 3}",
+            "of all 6 rows lie at or below the threshold 3 of 'kto(threshold=3.0)' (0 to 3), so that all count as bad",
+        ),
+        ("filtered_bc", None),
+        ("sft", None),
+    ],
+)
+def test_what_parts_no_rows_is_said(tmp_path: Path, objective: str, sentence: str | None) -> None:
+    text = said(config(tmp_path, f"objective={objective}"), tokens=True)
+    assert ("note: all weights" in text or "note: the rewards of all" in text) == (sentence is not None)
+    assert sentence is None or sentence in text
 
 
 def test_dropped_rows_are_counted_with_their_reason(tmp_path: Path) -> None:

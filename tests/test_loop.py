@@ -207,10 +207,23 @@ def test_rows_of_weight_zero_change_nothing_but_time(tmp_path: Path, monkeypatch
 
     train(tiny(tmp_path, objective=["dft", "filtered_bc"], name="skipped"))
     monkeypatch.setattr(
-        setup, "zero_weight_rows", lambda objective, data: torch.zeros(len(data.train), dtype=torch.bool).numpy()
+        setup, "refuse_all_zero", lambda objective, data: torch.zeros(len(data.train), dtype=torch.bool).numpy()
     )
     train(tiny(tmp_path, objective=["dft", "filtered_bc"], name="forwarded"))
     assert distance(parameters(tmp_path / "skipped"), parameters(tmp_path / "forwarded")) < 1e-12
+
+
+def test_pairs_of_which_there_are_none_teach_nothing(tmp_path: Path) -> None:
+    """Lone rows and ties weigh zero under every preference, and the run is refused before it starts."""
+    rows = [{"prompt": f"{n}>", "completion": "ab", "reward": float(n)} for n in range(20)]
+    rows += [{"prompt": "t>", "completion": text, "reward": 1.0} for text in ("c", "d")]
+    (tmp_path / "lone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lone = (f"data.path={tmp_path}/lone.jsonl", "data.eval_fraction=0")
+    with pytest.raises(
+        ConfigError, match=r"'dpo': every one of the 22 rows has weight zero \(no two rows of a group dif"
+    ):
+        train(tiny(tmp_path, *lone, objective="dpo"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_old_logp_is_the_policy_at_the_last_snapshot(tmp_path: Path) -> None:
