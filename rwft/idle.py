@@ -1,8 +1,8 @@
 """Rows that teach nothing: those whose weight is zero by data alone, whatever the policy, and what would change that.
 
 Rows that a factor of row-level data alone puts at zero are known for certain, and are not forwarded
-(`rwft.setup.zero_weight_rows`). Others have a weight of which one factor is the policy's, such as a reward of 0 times
-an importance ratio: these are found by trying, at one policy that is every other one and at several that are none.
+(`rwft.data_alone.zero_weight_rows`). Others have a weight of which one factor is the policy's, such as a reward of 0
+times an importance ratio: these are found by trying at one policy that is every other one, and several that are none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwft.data.columns import spans
 from rwft.data.prepare import Prepared
-from rwft.setup import zero_weight_rows
+from rwft.data_alone import zero_weight_rows
 from rwft.signals import SIGNALS
 from rwft.temperature import row_signals
 from rwft.weighting import Factor, Objective

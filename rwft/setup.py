@@ -23,6 +23,7 @@ from rwft.data_alone import refuse_all_zero, undistinguished
 from rwft.errors import ConfigError, DataError, UserError, did_you_mean
 from rwft.estimator import weight_denominator
 from rwft.frozen import FrozenModels
+from rwft.idle import idle_note
 from rwft.policy import Policy, fingerprint, load_policy, load_tokenizer
 from rwft.progress import Display
 from rwft.regularizers import Penalty, build_regularizers
@@ -82,8 +83,6 @@ def check_trackers(names: Any) -> None:
 
 def prepare_training(config: Config, accelerator: Any, folder: RunFolder, display: Display) -> Training:
     """The cheap checks first (objective, data), then the model, then what the objective reads from frozen ones."""
-    from rwft.idle import idle_note
-
     objective = build_objective(config.objective)
     reads = objective.reads | {*config.train.watch}
     penalties = tuple(build_regularizers(config.regularize))

@@ -189,7 +189,10 @@ def test_an_unknown_objective_offers_the_nearest() -> None:
         ("train.lr=", "run.yaml: train.lr: found None, expected a number"),
         ("lr=1", "run.yaml: 'lr' is no setting; did you mean 'train.lr'?"),
         ("model=foo", "run.yaml: model: found 'foo', expected a mapping of settings"),
-        ("data.adapter={name: scored", f"{BAD_YAML % 'data.adapter={name: scored'}: did not find expected ',' or '}}'{MEND}"),
+        (
+            "data.adapter={name: scored",
+            f"{BAD_YAML % 'data.adapter={name: scored'}: did not find expected ',' or '}}'{MEND}",
+        ),
         ("objective=[dft", f"{BAD_YAML % 'objective=[dft'}: did not find expected ',' or ']'{MEND}"),
         (
             "data.adapter={completion: response.choices[0].message.content}",
