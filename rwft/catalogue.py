@@ -134,14 +134,14 @@ def locality(entry: Entry) -> str:
 
 
 def draw(name: str, path: Path) -> None:
-    """Draw the weight curve of one objective into a PNG.
+    """Draw the weight curve of one objective into a PNG, beside SFT's and DFT's where it moves with the probability.
 
     Raises ObjectiveError if the name is unknown.
     """
-    from rwft.curves import draw_curves
+    from rwft.curves import beside, draw_curves
     from rwft.weighting import build_objective
 
     try:
-        draw_curves([build_objective(name)], path)
+        draw_curves(beside(build_objective(name)), path)
     except OSError as error:
         raise ConfigError(f"--plot {path}: cannot be written: {error.strerror or error}") from None

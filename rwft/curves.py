@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rwft.signals import SIGNALS
-from rwft.weighting import Objective
+from rwft.weighting import Objective, build_objective
 
 POINTS = 241
 TALLEST = 3.0  # weights above are cut off, so that the rest can be seen
@@ -113,6 +113,12 @@ def _of_pairs(objective: Objective) -> list[Curve]:
     w = objective(signals).expand(2 * POINTS, 1).squeeze(1)
     axis = "lead of the chosen completion (nats)"
     return [Curve(axis, str(objective), side, x, w[n::2]) for n, side in enumerate(("chosen", "rejected"))]
+
+
+def beside(own: Objective) -> list[Objective]:
+    """An objective, and those to hold it against: SFT and DFT, where its weight moves with the probability too."""
+    known = [build_objective(name) for name in ("sft", "dft")] if curves(own)[0].axis == "p" else []
+    return [own, *(other for other in known if str(other) != str(own))]
 
 
 def draw_curves(objectives: Sequence[Objective], path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import rwft
 from rwft.catalogue import describe, draw, families, headline, overview, parts
 from rwft.catalogue_page import opening, page
-from rwft.curves import curves
+from rwft.curves import beside, curves
 from rwft.errors import ObjectiveError
 from rwft.formulas import for_terminal
 from rwft.testing import check_objective
@@ -182,6 +182,15 @@ def at(name: str, x: float, side: str = "") -> float:
     """The weight that the curve shows nearest to `x`."""
     (curve,) = [curve for curve in curves(rwft.build_objective(name)) if curve.side == side]
     return float(curve.w[(curve.x - x).abs().argmin()])
+
+
+def test_a_weight_is_drawn_beside_those_of_sft_and_dft_where_they_have_one_axis() -> None:
+    drawn = {name: [str(o) for o in beside(rwft.build_objective(name))] for name in ("prob_power", "dft", "rwr")}
+    assert drawn == {
+        "prob_power": [str(rwft.build_objective("prob_power")), "sft", "dft"],
+        "dft": ["dft", "sft"],
+        "rwr": [str(rwft.build_objective("rwr"))],  # moves with the reward
+    }
 
 
 def test_curves_show_the_formula() -> None:
