@@ -44,6 +44,24 @@ Engine = Annotated[
 ]
 
 
+def show_version(asked: bool) -> None:
+    """Print the version and end, if it was asked for."""
+    if asked:
+        from rwft import __version__
+
+        typer.echo(f"rwft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Reward-weighted fine-tuning: offline reinforcement learning for language models, one weight at a time."""
+
+
 @app.command(epilog="Example: rwft train configs/awr.yaml objective=dft train.steps=200 output=runs/dft")
 def train(
     config: ConfigFile,
@@ -153,7 +171,7 @@ def print_redacted(kind: type[BaseException], error: BaseException, trace: Trace
     typer.echo(redact("".join(traceback.format_exception(kind, error, trace))), err=True)
 
 
-@app.command(epilog="Example: rwft new sqrt_dft, then cd sqrt_dft && pip install -e . && pytest")
+@app.command(epilog="Example: rwft new sqrt_dft, then cd sqrt_dft && pip install -e '.[test]' && pytest")
 def new(name: Annotated[str, typer.Argument(metavar="NAME", help="A Python name for the objective.")]) -> None:
     """Write a plugin package with an objective of your own, its conformance test, a config and a README."""
     from rwft.skeleton import new_command

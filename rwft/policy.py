@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,9 @@ def add_lora(model: Any, config: ModelConfig, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, settings)
+        with warnings.catch_warnings():  # PEFT asks by a name that transformers has given up
+            warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = get_peft_model(model, settings)
     except ValueError as error:
         raise PolicyError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from None
     if config.gradient_checkpointing:

@@ -142,7 +142,7 @@ def new_command(name: str) -> list[str]:
     return [
         f"{folder.name}/: a package with the objective '{name}'",
         *(f"  {file.relative_to(folder)}" for file in sorted(folder.rglob("*")) if file.is_file()),
-        f"now: cd {folder.name} && pip install -e . && pytest",
+        f"now: cd {folder.name} && pip install -e '.[test]' && pytest",
     ]
 
 
