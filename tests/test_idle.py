@@ -48,6 +48,12 @@ def as_its_group(data: Prepared) -> NDArray[np.bool_]:
     return np.array([reward[i] == reward[group == group[i]].mean() for i in range(len(reward))])
 
 
+def unpaired(data: Prepared) -> NDArray[np.bool_]:
+    """No other row of the group has another reward."""
+    reward, group = data.train.reward, data.train.group
+    return np.array([len(set(reward[group == group[i]])) == 1 for i in range(len(reward))])
+
+
 @pytest.mark.parametrize(
     ("spec", "overrides", "expected", "remedy"),
     [
@@ -66,7 +72,7 @@ def as_its_group(data: Prepared) -> NDArray[np.bool_]:
         ("rwr", (), nowhere, None),
         ("sft", (), nowhere, None),
         ("dft", (), nowhere, None),
-        ("dpo", (), nowhere, None),
+        ("dpo", (), unpaired, ""),
     ],
 )
 def test_rows_of_weight_zero_by_data_alone(

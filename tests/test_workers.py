@@ -214,7 +214,8 @@ def test_an_interruption_leaves_nobody_behind(where: str, started: list[Any]) ->
 
 
 ORPHANS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from rwft.data import workers
 from tests.test_workers import Late, blocks
 right = workers._start
