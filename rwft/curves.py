@@ -140,13 +140,15 @@ def draw_curves(objectives: Sequence[Objective], path: Path) -> None:
 def _panel(panel: Any, axis: str, found: list[Curve]) -> None:
     """One colour for each objective; dashed for a negative reward or the rejected completion."""
     names = list(dict.fromkeys(curve.name for curve in found))
+    scales = {name: max(_scale(curve.w) for curve in found if curve.name == name) for name in names}  # for both sides
     for curve in found:
-        scale, second = _scale(curve.w), curve.side in SECOND
+        scale, second = scales[curve.name], curve.side in SECOND
         label = curve.name if scale == 1 else f"{curve.name} over {scale:g}"
         style = {"color": f"C{names.index(curve.name) % 10}", "linestyle": "--" if second else "-", "linewidth": 1.4}
+        style["zorder"] = 3 - names.index(curve.name) / len(names)  # the first on top of what it is held against
         panel.plot(curve.x, curve.w / scale, label=None if second else label, **style)
     panel.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    high = min(TALLEST, max(float((curve.w / _scale(curve.w)).abs().max()) for curve in found))
+    high = min(TALLEST, max(float((curve.w / scales[curve.name]).abs().max()) for curve in found))
     panel.set_ylim(-1.15 * high if any((curve.w < 0).any() for curve in found) else -0.05 * high, 1.15 * high)
     sides = [curve.side for curve in found if curve.side]
     panel.set(xlabel=axis, ylabel="weight", title=f"solid {sides[0]}, dashed {sides[1]}" if sides else "")

@@ -184,15 +184,6 @@ def at(name: str, x: float, side: str = "") -> float:
     return float(curve.w[(curve.x - x).abs().argmin()])
 
 
-def test_a_weight_is_drawn_beside_those_of_sft_and_dft_where_they_have_one_axis() -> None:
-    drawn = {name: [str(o) for o in beside(rwft.build_objective(name))] for name in ("prob_power", "dft", "rwr")}
-    assert drawn == {
-        "prob_power": [str(rwft.build_objective("prob_power")), "sft", "dft"],
-        "dft": ["dft", "sft"],
-        "rwr": [str(rwft.build_objective("rwr"))],  # moves with the reward
-    }
-
-
 def test_curves_show_the_formula() -> None:
     assert at("dft", 0.5) == pytest.approx(0.5, abs=3e-3)
     assert at("chord_phi", 0.5) == pytest.approx(0.25, abs=1e-4)
@@ -216,6 +207,38 @@ def test_draw_writes_a_png(name: str, tmp_path: Path) -> None:
     draw(name, folder / "weights.png")
     assert [file.name for file in folder.iterdir()] == ["weights.png"]
     assert (folder / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "together"),
+    [
+        ("prob_power", ["prob_power", "sft", "dft"]),
+        ("dft", ["dft", "sft"]),
+        ("ppo_clip", ["ppo_clip"]),
+        ("dpo", ["dpo"]),
+        ("rwr", ["rwr"]),
+    ],
+)
+def test_a_weight_that_moves_with_the_probability_is_drawn_beside_sft_and_dft(name: str, together: list[str]) -> None:
+    assert [str(objective) for objective in beside(rwft.build_objective(name))] == together
+
+
+def test_both_signs_of_a_reward_are_drawn_to_one_scale(tmp_path: Path) -> None:
+    """w = e^(2 r): 7.389 and 0.135, whose quotient must be on the paper, whatever number both are divided by."""
+    from matplotlib.axes import Axes
+
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import Tensor\n\n\ndef steep(logp: Tensor, reward: Tensor) -> Tensor:\n"
+        "    return (2 * reward).exp() + 0 * logp\n"
+    )
+    drawn: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        plot = Axes.plot
+        patch.setattr(Axes, "plot", lambda self, x, y, **k: (drawn.append(float(y[-1])), plot(self, x, y, **k))[1])
+        draw(f"{file}:steep", tmp_path / "steep.png")
+    assert len(drawn) == 4  # two signs, and SFT and DFT
+    assert drawn[0] / drawn[1] == pytest.approx(54.598150033144236, rel=1e-5)
 
 
 def test_an_own_objective_is_described_and_drawn(tmp_path: Path) -> None:
