@@ -7,6 +7,7 @@ themselves, the workspace is one tile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from rwft.softmax import (
 
 MIN_BUDGET, MAX_BUDGET = 8 << 20, 64 << 20  # bytes of a tile; in between, a sixteenth of the gradients
 WIDE = 4096  # columns of a tile before rows are divided too
+BITS = 1 / math.log(2)  # of a nat: torch makes exp2 in less than half the time of exp (float32, CPU)
 
 
 def token_logprobs(
@@ -186,7 +188,7 @@ class _Tiles:
             here = within(rows, block)
             z = products[block].to(self.exact)
             slope = finish_(z, tile)
-            z.sub_(top[here]).sub_(log_sum[here]).exp_()
+            torch.add(log_sum[here] * -BITS, z.sub_(top[here]), alpha=BITS, out=z).exp2_()
             place, inside = self.local(here, columns)
             z.scatter_add_(1, place, -inside.to(z.dtype))
             store_(products, block, z, slope)
