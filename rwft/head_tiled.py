@@ -27,7 +27,6 @@ from rwft.softmax import (
     equal_slices,
     finish_,
     multiply_,
-    normalise_,
     precision,
     store_,
     within,
@@ -127,41 +126,52 @@ class _Tiles:
         return (slice(start, min(start + self.columns, self.vocabulary.size)) for start in starts)
 
     def down(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the tiles of these columns, with their products."""
+        """Rows of the tiles of these columns, with their products `(v k)`, tokens last.
+
+        Lying so, they are multiplied faster than as `(k v)`, in bfloat16 by 6 to 8 %.
+        """
         weight = self.vocabulary.weight[columns]
         for rows in equal_slices(0, self.x.shape[0], self.rows):
-            shape = rows.stop - rows.start, weight.shape[0]
-            yield rows, multiply_(self.x[rows], weight, self.area[: shape[0] * shape[1]].view(shape))
+            shape = weight.shape[0], rows.stop - rows.start
+            yield rows, multiply_(weight, self.x[rows], self.area[: shape[0] * shape[1]].view(shape))
+
+    def logits(self, products: Tensor, columns: slice) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+        """`(v k)`: block by block where it lies, the columns there, logits `(r k)` and the slope of their cap."""
+        for block in blocks(products):
+            here = within(columns, block)
+            z = products[block].to(self.exact)
+            slope = finish_(z.T, self.vocabulary.tile(here))
+            yield block, here, z, None if slope is None else slope.T
 
     def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Where the targets of these rows stand in these columns, `(k 1)`, and whether they do."""
-        place = self.targets[rows, None] - columns.start
+        """Where the targets of these rows stand in these columns, `(1 k)`, and whether they do."""
+        place = self.targets[None, rows] - columns.start
         inside = (place >= 0) & (place < columns.stop - columns.start)
         return place.where(inside, 0), inside
 
     def normalise(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`-> (n), (n 1), (n 1)`: `logp` of targets, the largest logit, the log of the sum of `exp(logit - largest)`.
+        """`-> (n), (n), (n)`: `logp` of targets, the largest logit, the log of the sum of `exp(logit - largest)`.
 
         The sum of the last two, the log-normaliser, would lose the small differences of large logits.
         """
-        top = self.x.new_full((self.x.shape[0], 1), float("-inf"), dtype=self.exact)
+        lowest = torch.finfo(self.exact).min  # not -inf, which some logits are
+        top = self.x.new_full((self.x.shape[0],), lowest, dtype=self.exact)
         total, chosen = torch.zeros_like(top), torch.zeros_like(top)
         for columns in self.across():
-            tile = self.vocabulary.tile(columns)
             for rows, products in self.down(columns):
-                for block in blocks(products):
-                    here = within(rows, block)
-                    z = products[block].to(self.exact)
-                    finish_(z, tile)
-                    place, inside = self.local(here, columns)
-                    chosen[here] += z.gather(1, place).where(inside, 0.0)
-                    _merge_(top[here], total[here], *normalise_(z))
-        return (chosen - top - total.log())[:, 0], top, total.log()
+                for _, here, z, _ in self.logits(products, columns):
+                    place, inside = self.local(rows, here)
+                    chosen[rows] += z.gather(0, place).where(inside, 0.0)[0]
+                    largest = torch.maximum(top[rows], z.amax(dim=0))
+                    total[rows] *= (top[rows] - largest).exp_()
+                    total[rows] += z.sub_(largest).mul_(BITS).exp2_().sum(dim=0)
+                    top[rows] = largest
+        return chosen - top - total.log(), top, total.log()
 
     def gradients(
         self, normaliser: tuple[Tensor, Tensor], upstream: Tensor, wanted: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """`((n 1), (n 1)), (n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, None if unwanted."""
+        """`((n), (n)), (n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, None if unwanted."""
         hidden, weight, bias = wanted
         factor = (upstream * -self.vocabulary.scale).to(self.exact)
         fx = (self.x * factor[:, None]).to(self.x.dtype)
@@ -172,25 +182,21 @@ class _Tiles:
             for rows, products in self.down(columns):
                 self.unit_(products, rows, columns, *normaliser)
                 if dx is not None:
-                    accumulate_(dx[rows], products.T, self.vocabulary.weight[columns])
+                    accumulate_(dx[rows], products, self.vocabulary.weight[columns])
                 if dw_tile is not None:
-                    accumulate_(dw_tile, products, fx[rows])
+                    accumulate_(dw_tile, products.T, fx[rows])
                 if db_tile is not None:
-                    accumulate_rows_(db_tile, products, factor[rows])
+                    accumulate_rows_(db_tile, products.T, factor[rows])
             _finish(dw, dw_tile, columns)
             _finish(db, db_tile, columns)
         return [None if dx is None or hidden is None else dx.mul_(factor[:, None]).to(hidden.dtype), dw, db]
 
     def unit_(self, products: Tensor, rows: slice, columns: slice, top: Tensor, log_sum: Tensor) -> None:
-        """`(k v)`: in place, from products to minus the gradient of `logp` by them, the scale left out."""
-        tile = self.vocabulary.tile(columns)
-        for block in blocks(products):
-            here = within(rows, block)
-            z = products[block].to(self.exact)
-            slope = finish_(z, tile)
-            torch.add(log_sum[here] * -BITS, z.sub_(top[here]), alpha=BITS, out=z).exp2_()
-            place, inside = self.local(here, columns)
-            z.scatter_add_(1, place, -inside.to(z.dtype))
+        """`(v k)`: in place, from products to minus the gradient of `logp` by them, the scale left out."""
+        for block, here, z, slope in self.logits(products, columns):
+            torch.add(log_sum[rows] * -BITS, z.sub_(top[rows]), alpha=BITS, out=z).exp2_()
+            place, inside = self.local(rows, here)
+            z.scatter_add_(0, place, -inside.to(z.dtype))
             store_(products, block, z, slope)
 
 
@@ -205,10 +211,3 @@ def _finish(total: Tensor | None, part: Tensor | None, columns: slice) -> None:
     """Stores what was gathered elsewhere."""
     if total is not None and part is not None and total.dtype != part.dtype:
         total[columns] = part
-
-
-def _merge_(top: Tensor, total: Tensor, new_top: Tensor, log_peak: Tensor) -> None:
-    """`(k 1)` each: in place, the running largest logit and sum of `exp(logit - largest)` over one more tile."""
-    largest = torch.maximum(top, new_top)
-    total.mul_((top - largest).exp_()).add_((new_top - largest - log_peak).exp_())
-    top.copy_(largest)
