@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,22 +75,30 @@ class _TokenLogprobs(torch.autograd.Function):
         kinds = precision(hidden, weight)
         vocabulary = Vocabulary(weight, bias, scale, softcap)
         with torch.autocast(hidden.device.type, enabled=False):
-            logp, top, log_sum = _Tiles.of(hidden, vocabulary, targets, kinds, budget).normalise()
-        ctx.save_for_backward(hidden, weight, bias, targets, top, log_sum)
+            known = _Tiles.of(hidden, vocabulary, targets, kinds, budget).normalise()
+        ctx.save_for_backward(hidden, weight, bias, targets, *known)
         ctx.settings = scale, softcap, budget, kinds
-        return logp
+        return known.logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias, targets, top, log_sum = ctx.saved_tensors
+        hidden, weight, bias, targets, *known = ctx.saved_tensors
         scale, softcap, budget, kinds = ctx.settings
         vocabulary = Vocabulary(weight, bias, scale, softcap)
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles.of(hidden, vocabulary, targets, kinds, budget)
             inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
             wanted = [like if need else None for like, need in inputs]
-            return *tiles.gradients((top, log_sum), upstream[0], wanted), None, None, None, None
+            return *tiles.gradients(Normalised(*known), upstream[0], wanted), None, None, None, None
+
+
+class Normalised(NamedTuple):
+    """`(n)` each. The sum of the last two, the log-normaliser, would lose the small differences of large logits."""
+
+    logp: Tensor  # of the targets
+    top: Tensor  # the largest logit
+    log_sum: Tensor  # the log of the sum of exp(logit - largest)
 
 
 @dataclass(frozen=True)
@@ -135,13 +143,12 @@ class _Tiles:
             shape = weight.shape[0], rows.stop - rows.start
             yield rows, multiply_(weight, self.x[rows], self.area[: shape[0] * shape[1]].view(shape))
 
-    def logits(self, products: Tensor, columns: slice) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
-        """`(v k)`: block by block where it lies, the columns there, logits `(r k)` and the slope of their cap."""
+    def logits(self, products: Tensor, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """`(v k)`: block by block where it lies, the logits `(r k)` and the slope of their cap."""
         for block in blocks(products):
-            here = within(columns, block)
             z = products[block].to(self.exact)
-            slope = finish_(z.T, self.vocabulary.tile(here))
-            yield block, here, z, None if slope is None else slope.T
+            slope = finish_(z.T, self.vocabulary.tile(within(columns, block)))
+            yield block, z, None if slope is None else slope.T
 
     def local(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Where the targets of these rows stand in these columns, `(1 k)`, and whether they do."""
@@ -149,40 +156,41 @@ class _Tiles:
         inside = (place >= 0) & (place < columns.stop - columns.start)
         return place.where(inside, 0), inside
 
-    def normalise(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`-> (n), (n), (n)`: `logp` of targets, the largest logit, the log of the sum of `exp(logit - largest)`.
-
-        The sum of the last two, the log-normaliser, would lose the small differences of large logits.
-        """
+    def normalise(self) -> Normalised:
+        """Of every row, by one pass over the tiles."""
         lowest = torch.finfo(self.exact).min  # not -inf, which some logits are
         top = self.x.new_full((self.x.shape[0],), lowest, dtype=self.exact)
         total, chosen = torch.zeros_like(top), torch.zeros_like(top)
         for columns in self.across():
             for rows, products in self.down(columns):
-                for _, here, z, _ in self.logits(products, columns):
-                    place, inside = self.local(rows, here)
-                    chosen[rows] += z.gather(0, place).where(inside, 0.0)[0]
+                place, inside = self.local(rows, columns)
+                chosen[rows] += products.gather(0, place).where(inside, 0.0)[0]
+                for _, z, _ in self.logits(products, columns):
                     largest = torch.maximum(top[rows], z.amax(dim=0))
                     total[rows] *= (top[rows] - largest).exp_()
                     total[rows] += z.sub_(largest).mul_(BITS).exp2_().sum(dim=0)
                     top[rows] = largest
-        return chosen - top - total.log(), top, total.log()
+        bias = self.vocabulary.bias
+        finish_(chosen, replace(self.vocabulary, bias=None if bias is None else bias[self.targets]))
+        return Normalised(chosen - top - total.log(), top, total.log())
 
-    def gradients(
-        self, normaliser: tuple[Tensor, Tensor], upstream: Tensor, wanted: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """`((n), (n)), (n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, None if unwanted."""
+    def gradients(self, known: Normalised, upstream: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """`(n) -> (n h), (v h), (v)`: gradients of `(upstream * logp).sum()`, None if unwanted."""
         hidden, weight, bias = wanted
         factor = (upstream * -self.vocabulary.scale).to(self.exact)
         fx = (self.x * factor[:, None]).to(self.x.dtype)
         dx = None if hidden is None else torch.zeros_like(hidden, dtype=self.exact)
         dw, db = (None if like is None else torch.empty_like(like) for like in (weight, bias))
+        at_once = 0 < self.x.shape[0] <= self.rows  # one product a tile, nothing to sum
         for columns in self.across():
-            dw_tile, db_tile = (_begin(total, columns, self.exact) for total in (dw, db))
+            dw_tile = None if at_once else _begin(dw, columns, self.exact)
+            db_tile = _begin(db, columns, self.exact)
             for rows, products in self.down(columns):
-                self.unit_(products, rows, columns, *normaliser)
+                self.unit_(products, rows, columns, known)
                 if dx is not None:
                     accumulate_(dx[rows], products, self.vocabulary.weight[columns])
+                if dw is not None and at_once:
+                    dw[columns] = products @ fx
                 if dw_tile is not None:
                     accumulate_(dw_tile, products.T, fx[rows])
                 if db_tile is not None:
@@ -191,13 +199,17 @@ class _Tiles:
             _finish(db, db_tile, columns)
         return [None if dx is None or hidden is None else dx.mul_(factor[:, None]).to(hidden.dtype), dw, db]
 
-    def unit_(self, products: Tensor, rows: slice, columns: slice, top: Tensor, log_sum: Tensor) -> None:
+    def unit_(self, products: Tensor, rows: slice, columns: slice, known: Normalised) -> None:
         """`(v k)`: in place, from products to minus the gradient of `logp` by them, the scale left out."""
-        for block, here, z, slope in self.logits(products, columns):
-            torch.add(log_sum[rows] * -BITS, z.sub_(top[rows]), alpha=BITS, out=z).exp2_()
-            place, inside = self.local(rows, here)
-            z.scatter_add_(0, place, -inside.to(z.dtype))
+        top, log_sum = known.top[rows], known.log_sum[rows]
+        place, inside = self.local(rows, columns)
+        for block, z, slope in self.logits(products, columns):
+            torch.add(log_sum * -BITS, z.sub_(top), alpha=BITS, out=z).exp2_()
             store_(products, block, z, slope)
+        at_target = known.logp[rows].expm1()  # p - 1, exact where p is close to one
+        if (cap := self.vocabulary.softcap) is not None:
+            at_target *= 1 - ((known.logp[rows] + top + log_sum) / cap).square()
+        products.scatter_(0, place, at_target.to(products.dtype).where(inside, products.gather(0, place)))
 
 
 def _begin(total: Tensor | None, columns: slice, exact: torch.dtype) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rwft.errors import ObjectiveError, PolicyError, did_you_mean
 
-BLOCK_BYTES = {"cpu": 1 << 20}  # a block of rows in float32: cache-sized on a CPU,
+BLOCK_BYTES = {"cpu": 2 << 20}  # a block of rows in float32: cache-sized on a CPU,
 ACCELERATOR_BLOCK_BYTES = 64 << 20  # and enough to fill an accelerator elsewhere
 ALIGNED = 64  # rows and columns of longer parts come in multiples: odd ones cost up to half as much again in a product
 ROWS, STRIP = 512, 2048  # rows and columns that oneDNN multiplies at once, so that little is held beside the result

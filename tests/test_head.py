@@ -336,6 +336,35 @@ def test_log_probabilities_far_below_underflow(segments: list[int] | None) -> No
         torch.testing.assert_close(gradient, torch.tensor([[-1.0, 0.0], [1.0, -1.0], [0.0, 1.0]]))
 
 
+@pytest.mark.parametrize("budget", [None, 64, 8 * 24 * 3])
+def test_tokens_that_a_bias_rules_out(budget: int | None) -> None:
+    """A padded vocabulary: a bias of -inf at its start and its end, over whole tiles. Nothing is lost, nothing nan."""
+    p = problem(v=200, bias=True)
+    assert p.b is not None
+    with torch.no_grad():
+        p.b[:120] = p.b[180:] = -math.inf
+    p.y.remainder_(60).add_(120)
+    found = token_logprobs(p.x, p.w, p.y, bias=p.b, budget=budget)
+    left = [leaf.detach()[120:180].requires_grad_() for leaf in (p.w, p.b)]
+    alone = Problem(p.x, *left, p.y - 120)
+    assert_close([found], [alone.logp()], 1e-14)
+    x, w, b = torch.autograd.grad(found.square().sum(), p.leaves)
+    by_x, by_w, by_b = torch.autograd.grad(alone.logp().square().sum(), alone.leaves)
+    assert_close([x, w[120:180], b[120:180]], [by_x, by_w, by_b], 1e-12)
+    assert not w[:120].any()
+    assert not w[180:].any()
+
+
+def test_a_sure_token_keeps_its_small_gradient_in_bfloat16() -> None:
+    """p = 1 - 1/1097.6: rounding p before one is subtracted would leave the gradient to chance."""
+    x = torch.ones(1, 1, dtype=torch.bfloat16).requires_grad_()
+    w = torch.tensor([[7.0], [0.0]], dtype=torch.bfloat16).requires_grad_()
+    token_logprobs(x, w, torch.tensor([0])).sum().backward()
+    small = 1 / (1 + math.exp(7.0))
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad.float(), torch.tensor([[small], [-small]]), rtol=2**-8, atol=0)
+
+
 def test_large_logits_keep_their_small_differences() -> None:
     """Logits of about 1000 that differ by 0.25: log-probabilities to float32's precision, not to that of 1000."""
     x = torch.ones(1, 1)
