@@ -181,7 +181,7 @@ class _Tiles:
         fx = (self.x * factor[:, None]).to(self.x.dtype)
         dx = None if hidden is None else torch.zeros_like(hidden, dtype=self.exact)
         dw, db = (None if like is None else torch.empty_like(like) for like in (weight, bias))
-        at_once = 0 < self.x.shape[0] <= self.rows  # one product a tile, nothing to sum
+        at_once = weight is not None and 0 < self.x.shape[0] <= self.rows and weight.dtype == fx.dtype  # nothing to sum
         for columns in self.across():
             dw_tile = None if at_once else _begin(dw, columns, self.exact)
             db_tile = _begin(db, columns, self.exact)
@@ -190,7 +190,7 @@ class _Tiles:
                 if dx is not None:
                     accumulate_(dx[rows], products, self.vocabulary.weight[columns])
                 if dw is not None and at_once:
-                    dw[columns] = products @ fx
+                    torch.mm(products, fx, out=dw[columns])
                 if dw_tile is not None:
                     accumulate_(dw_tile, products.T, fx[rows])
                 if db_tile is not None:
