@@ -217,7 +217,8 @@ def make_plan(
     alive, coupled = None, "group" in objective.reads
     if not penalties:
         zero = refuse_all_zero(objective, data)
-        alive = ~zero if zero.any() and not coupled else None
+        wanted = coupled or "kl_running" in objective.reads  # other rows' weights need what the policy says of them
+        alive = ~zero if zero.any() and not wanted else None
     if config.train.normalize == "weight":
         weights = data_weights(objective, data)
         weight_denominator(1.0, 0.0 if weights is None else float(weights.min()))

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,14 +203,18 @@ def test_an_objective_of_five_lines_trains(tmp_path: Path) -> None:
     assert distance(parameters(tmp_path / "mine"), parameters(tmp_path / "built_in")) == 0.0
 
 
-def test_rows_of_weight_zero_change_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reader", ["dft", {"name": "kto", "beta": 1.0, "threshold": -1.0}])
+def test_rows_of_weight_zero_change_nothing_but_time(
+    reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under kto too, whose weights read the running mean of the log ratios of all rows."""
     from rwft import setup
 
-    train(tiny(tmp_path, objective=["dft", "filtered_bc"], name="skipped"))
+    train(tiny(tmp_path, objective=[reader, "filtered_bc"], name="skipped"))
     monkeypatch.setattr(
         setup, "refuse_all_zero", lambda objective, data: torch.zeros(len(data.train), dtype=torch.bool).numpy()
     )
-    train(tiny(tmp_path, objective=["dft", "filtered_bc"], name="forwarded"))
+    train(tiny(tmp_path, objective=[reader, "filtered_bc"], name="forwarded"))
     assert distance(parameters(tmp_path / "skipped"), parameters(tmp_path / "forwarded")) < 1e-12
 
 
