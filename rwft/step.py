@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 import torch
@@ -50,7 +53,10 @@ def _number(place: str) -> int:
 
 @dataclass(frozen=True)
 class Weigher:
-    """Weights of a micro-batch over the denominator, for positions as the head asks for them."""
+    """Weights of a micro-batch over the denominator, for positions as the head asks for them.
+
+    What waits for the device (where the trained positions are) is found once, not for every chunk of the head.
+    """
 
     objective: Objective
     batch: Batch
@@ -65,21 +71,28 @@ class Weigher:
         lengths = self.batch.sequence_lengths
         return [sum(lengths)] if "group" in self.objective.reads else lengths
 
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """`(n), (n)`: row and column of the trained positions."""
+        rows, columns = (self.batch.mask > 0).nonzero(as_tuple=True)
+        return rows, columns
+
+    @cached_property
     def flat_denominator(self) -> Tensor:
         """`(n)`: the denominator at each trained position."""
-        return self.denominator.expand_as(self.batch.mask)[self.batch.mask > 0]
+        return self.denominator.expand_as(self.batch.mask)[self.places]
 
     def __call__(self, head: dict[str, Tensor], where: slice) -> Tensor:
         """`{name: (k)}` for positions `where` of the flat trained positions -> coefficients `(k)`."""
         weights = self._local(head, where) if self.objective.token_local else self._by_sequence(head, where)
-        return weights.to(head["logp"].dtype) / self.flat_denominator()[where]
+        return weights.to(head["logp"].dtype) / self.flat_denominator[where]
 
     def _local(self, head: dict[str, Tensor], where: slice) -> Tensor:
         """Every position is a sequence of one: nothing else can be seen."""
-        mask = self.batch.mask > 0
+        row, column = (place[where] for place in self.places)
         signals = {k: rearrange(v, "k -> k 1") for k, v in head.items()}
         for name, value in self.batch.signals.items():
-            signals[name] = rearrange(value.expand_as(mask)[mask][where], "k -> k 1") if value.ndim else value
+            signals[name] = value.expand_as(self.batch.mask)[row, column, None] if value.ndim else value
         signals |= self._scalars(head["logp"])
         weights = self.objective(signals)
         return weights.expand(len(head["logp"]), 1).squeeze(1)
@@ -88,15 +101,15 @@ class Weigher:
         return {name: like.new_tensor(value) for name, value in self.scalars.items()}
 
     def _by_sequence(self, head: dict[str, Tensor], where: slice) -> Tensor:
-        ends = torch.as_tensor(self.batch.sequence_lengths).cumsum(0)
-        first = int(torch.searchsorted(ends, where.start, right=True))
-        last = int(torch.searchsorted(ends, where.stop, right=False)) + 1
+        ends = list(itertools.accumulate(self.batch.sequence_lengths))
+        first, last = bisect_right(ends, where.start), bisect_left(ends, where.stop) + 1
         mask = self.batch.mask[first:last] > 0
         signals = {name: value[first:last] if value.ndim else value for name, value in self.batch.signals.items()}
         for name, value in head.items():
             signals[name] = value.new_zeros(mask.shape).masked_scatter(mask, value)
         signals |= self._scalars(head["logp"])
-        return self.objective(signals).expand_as(mask)[mask]
+        row, column = (place[where] for place in self.places)
+        return self.objective(signals).expand_as(mask)[row - first, column]
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ def micro_batch(
     config = training.config
     denominator = counts.denominator(config.train.normalize, batch.mask)
     weigh = Weigher(training.objective, batch, denominator, training.scalars(step))
-    penalty_scale = 1.0 / weigh.flat_denominator() if training.penalties else None
+    penalty_scale = 1.0 / weigh.flat_denominator if training.penalties else None
     result = training.model(
         batch.ids,
         batch.mask,
@@ -130,7 +143,7 @@ def micro_batch(
         layout=batch.layout,
     )
     training.backward(result.loss * scale)
-    return MicroResult(batch, result, result.coefficients * weigh.flat_denominator())
+    return MicroResult(batch, result, result.coefficients * weigh.flat_denominator)
 
 
 def gradient(training: Training, step: int) -> tuple[list[MicroResult], float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Batch:
         layout = None if self.layout is None else self.layout.to(device)
         return Batch(self.ids.to(device), self.mask.to(device), self.rows, moved, layout)
 
-    @property
+    @cached_property
     def sequence_lengths(self) -> list[int]:
         """Trained positions of each row, `(b)`."""
         return self.mask.sum(dim=1).long().tolist()

@@ -227,7 +227,7 @@ class WeightedLoss(Trainer):
             return results[0].loss
 
         loss = through(model, policy, inputs, batch, finish)
-        self._record(batch, results[0], results[0].coefficients * weigh.flat_denominator())
+        self._record(batch, results[0], results[0].coefficients * weigh.flat_denominator)
         return loss * self.accelerator.num_processes
 
     def _batch(self, inputs: Mapping[str, Tensor], policy: Policy) -> Batch:
