@@ -67,11 +67,6 @@ class Objective:
         """Whether the weight at a position depends on the signals at that position alone."""
         return self.reads.isdisjoint({"mask", "group"})
 
-    @property
-    def data_only(self) -> bool:
-        """Whether the weights follow from the data and its credit alone, whatever the policy."""
-        return all(SIGNALS[name].source in ("data", "credit") for name in self.reads)
-
     def __call__(self, signals: Mapping[str, Tensor]) -> Tensor:
         """Weights `()`, `(b 1)` or `(b t)` from signals (detached here; see `rwft.signals`).
 

@@ -296,7 +296,6 @@ def test_a_product_reads_what_its_factors_read() -> None:
     objective = build_objective(["dft", {"name": "rwr", "temperature": 0.5}])
     assert objective.reads == {"logp", "reward"}
     assert objective.token_local
-    assert not objective.data_only
     assert str(objective) == "dft * rwr(temperature=0.5)"
     assert build_objective(objective.spec).spec == objective.spec
     assert build_objective(objective) is objective
@@ -304,18 +303,10 @@ def test_a_product_reads_what_its_factors_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "local", "data_only"),
-    [
-        ("dft", True, False),
-        ("iw_sft", False, False),
-        ("rwr_group", False, True),
-        ("awr", True, True),
-        ("sft", True, True),
-    ],
+    ("spec", "local"), [("dft", True), ("iw_sft", False), ("rwr_group", False), ("awr", True), ("sft", True)]
 )
-def test_locality_follows_from_the_signature(spec: str, local: bool, data_only: bool) -> None:
-    objective = build_objective(spec)
-    assert (objective.token_local, objective.data_only) == (local, data_only)
+def test_locality_follows_from_the_signature(spec: str, local: bool) -> None:
+    assert build_objective(spec).token_local == local
 
 
 def test_a_missing_signal_is_named() -> None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from rwft.data.adapters import read_examples
 from rwft.data.example import Source
 from rwft.data.ledger import BadRows
-from rwft.data.sources import describe_columns, origins, read_rows
+from rwft.data.sources import origins, read_rows
 from rwft.errors import ConfigError, DataError, UserError
 
 if sys.version_info >= (3, 11):
@@ -337,12 +337,6 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert count == 2_000
     assert peak < 4e6
-
-
-def test_describe_columns_looks_at_the_first_rows() -> None:
-    rows: list[dict[str, Any]] = [{"a": 1}, {"a": None, "b": [1]}, {"c": "later"}]
-    assert describe_columns(rows) == {"a": ("NoneType", "int"), "b": ("list",), "c": ("str",)}
-    assert describe_columns(rows, first=2) == {"a": ("NoneType", "int"), "b": ("list",)}
 
 
 VALID = [

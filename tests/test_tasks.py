@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rwft.data import tasks
-from rwft.data.tasks import Behavior, answer, load_task, success_rate, task_files, write_task
+from rwft.data.tasks import Behavior, answer, load_task, task_files, write_task
 from rwft.errors import ConfigError, DataError, ObjectiveError
 
 ABC = string.ascii_lowercase
@@ -21,6 +21,11 @@ ABC = string.ascii_lowercase
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def success_rate(name: str, prompts: list[str], skill: float) -> float:
+    """Expected reward of the behaviour policy over `prompts`."""
+    return float(np.mean([Behavior(skill).success(answer(name, prompt)) for prompt in prompts]))
 
 
 @pytest.mark.parametrize(

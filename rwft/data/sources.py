@@ -257,12 +257,3 @@ def _dataset(loaded: Any, name: str, origin: Origin, ledger: Ledger) -> Iterator
             raise DataError(f"{name}: found no split '{split}'; {did_you_mean(split, loaded)}")
         loaded, name = loaded[split], f"{name}[{split}]"
     yield from _records(loaded.with_format("arrow").iter(batch_size=BATCH), name, ledger)
-
-
-def describe_columns(rows: Iterable[Mapping[str, Any]], first: int = 1000) -> dict[str, tuple[str, ...]]:
-    """Column -> names of the Python types it holds, over the first rows; a column is what any of them has."""
-    columns: dict[str, set[str]] = {}
-    for row in itertools.islice(rows, first):
-        for key, value in row.items():
-            columns.setdefault(key, set()).add(type(value).__name__)
-    return {key: tuple(sorted(types)) for key, types in columns.items()}

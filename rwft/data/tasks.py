@@ -115,11 +115,6 @@ class Behavior:
         return right if draw < p else neighbour(right, -1 if draw < p + (1 - p) / 2 else 1)
 
 
-def success_rate(name: str, prompts: Iterable[str], skill: float) -> float:
-    """Expected reward of the behaviour policy over `prompts`: exact, nothing is sampled."""
-    return float(np.mean([Behavior(skill).success(answer(name, prompt)) for prompt in prompts]))
-
-
 @dataclass(frozen=True)
 class TaskFiles:
     """A task on disk, and what its behaviour policy does on the held-out prompts, in closed form."""
