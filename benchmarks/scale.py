@@ -130,7 +130,7 @@ def child(path: Path) -> None:
             alive=alive,
             folder=rows.folder,
         )
-        collate = Collate(rows, frozenset({"advantage"}), pad=0, dtype=torch.float32, known=known)
+        collate = Collate(rows, frozenset({"advantage"}), dtype=torch.float32, known=known)
         collate(plan.micro_batches(0, 0)[0])
         figures["first batch"] = time.process_time() - started
         started = time.process_time()

@@ -78,7 +78,7 @@ def drift(config: Config, start: ModelConfig, adapter: Path | None = None) -> Dr
     if data.held_out is None:
         raise ConfigError("compare: no rows are held out; set data.eval_path, or data.eval_fraction above 0")
     before, after = _policies(config, start, adapter, device)
-    collate = make_collate(data, data.held_out, frozenset(), tokenizer, after)
+    collate = make_collate(data, data.held_out, frozenset(), after)
     return measure(before, after, collate, data.held_out, tokenizer)
 
 

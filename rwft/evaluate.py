@@ -80,7 +80,7 @@ def evaluate(
         policy = load_policy(config.model, config.train.seed, accelerator.device)
         if adapter is not None:
             policy = _with_adapter(policy, adapter, config.model.dtype)
-        held_out = _likelihood(policy, tokenizer, data, accelerator)
+        held_out = _likelihood(policy, data, accelerator)
         logged = off_policy(policy, tokenizer, config, accelerator, display) if asked.off_policy else None
         sampled = _by_temperature(policy, tokenizer, data.held_out, config, verifier, display)
         begun: tuple[Sampled, ...] = ()
@@ -121,11 +121,11 @@ def _with_adapter(policy: Policy, folder: Path, dtype: str) -> Policy:
     return Policy(PeftModel.from_pretrained(policy.model, str(folder)), dtype).to(policy.device)
 
 
-def _likelihood(policy: Policy, tokenizer: Any, data: Any, accelerator: Any) -> dict[str, float]:
+def _likelihood(policy: Policy, data: Any, accelerator: Any) -> dict[str, float]:
     from rwft.held_out import held_out_likelihood
     from rwft.setup import make_collate
 
-    collate = make_collate(data, data.held_out, frozenset(), tokenizer, policy)
+    collate = make_collate(data, data.held_out, frozenset(), policy)
     return held_out_likelihood(policy, collate, data.held_out, accelerator, data.credit)
 
 

@@ -83,6 +83,7 @@ class FrozenModels:
         if found is not None and int(everywhere) == self.accelerator.num_processes:  # ranks may see different disks
             self.display.say(f"{what} log-probabilities of {len(rows)} rows: from the cache")
             return found
+        rows.refuse_unknown(model.tokens, "the model" if model is self.policy else f"the model of {what}.path")
         tick = self.display.ticker(f"{what} log-probabilities", len(rows) // self.accelerator.num_processes)
         pieces = [
             self._part(model, rows, indices, part_path(path, number), tick)
@@ -108,7 +109,7 @@ class FrozenModels:
             return found
         share = sharing(self.config.data.share_prompts, [model.causal])
         pack = tried_packing(self.config.data.pack, [model])
-        plain = Collate(rows, frozenset(), pad=0, dtype=model.float_dtype, share=share, pack=pack)
+        plain = Collate(rows, frozenset(), dtype=model.float_dtype, share=share, pack=pack)
         group, packed, device = None if share is None else rows.group, plain.packed, self.accelerator.device
         batches = length_batches(rows.length, indices, group, packed=packed)[rank::world]
         mine = np.concatenate([*batches, np.empty(0, dtype=np.int64)])

@@ -34,7 +34,7 @@ def off_policy(policy: Policy, tokenizer: Any, config: Config, accelerator: Any,
     from rwft.setup import make_collate
 
     data, rows = _logged_rows(tokenizer, config, display)
-    collate = make_collate(data, rows, frozenset(), tokenizer, policy)
+    collate = make_collate(data, rows, frozenset(), policy)
     tick, every = display.ticker("off-policy evaluation", len(rows)), np.arange(len(rows))
     logp = row_logp(policy, collate, rows.length, every, device=accelerator.device, tick=tick)
     logged = logged_under(rows, [logp[i] for i in range(len(rows))])

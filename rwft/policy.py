@@ -34,6 +34,7 @@ class Policy(nn.Module):
         self.autocast = dtype == "bfloat16"
         self._scale, self._softcap = _logit_transform(self.causal.config)
         self.size = int(self.causal.get_output_embeddings().weight.shape[0])  # of the vocabulary, on every rank
+        self.tokens = min(self.size, int(self.causal.get_input_embeddings().weight.shape[0]))  # that it reads and gives
 
     @property
     def causal(self) -> Any:

@@ -143,7 +143,7 @@ def signals(data: Prepared, rows: Rows, index: int, objective: Objective) -> Bat
     known = data.known(rows)
     reads = {"token_weight", *(objective.reads & known.keys())} | ({"advantage"} & known.keys())
     reads |= {"behavior_logp"} if rows.has("behavior_logp") else set()
-    collate = Collate(rows, frozenset(reads), pad=0, dtype=torch.float64, credit=data.credit, known=known)
+    collate = Collate(rows, frozenset(reads), dtype=torch.float64, credit=data.credit, known=known)
     return collate(np.array([index]))
 
 

@@ -124,10 +124,8 @@ def prepare_training(config: Config, accelerator: Any, folder: RunFolder, displa
         reference=reference,
         data=data,
         plan=plan,
-        collate=make_collate(data, data.train, reads, tokenizer, policy, stored, known, share, pack),
-        collate_held_out=None
-        if data.held_out is None
-        else make_collate(data, data.held_out, frozenset(), tokenizer, policy),
+        collate=make_collate(data, data.train, reads, policy, stored, known, share, pack),
+        collate_held_out=None if data.held_out is None else make_collate(data, data.held_out, frozenset(), policy),
         steps=steps,
         folder=folder,
         store=CheckpointStore(folder.checkpoints, keep=config.train.keep),
@@ -185,18 +183,20 @@ def make_collate(
     data: Prepared,
     rows: Rows,
     reads: frozenset[str],
-    tokenizer: Any,
     policy: Policy,
     stored: Mapping[str, Stored] | None = None,
     known: Mapping[str, NDArray[Any]] | None = None,
     share: Sharing | None = None,
     pack: bool = False,
 ) -> Collate:
-    """How rows of one split become batches: with what the data know, and what else is `known` or `stored`."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    """How rows of one split become batches for `policy`: with what the data know, and what else is `known` or `stored`.
+
+    Raises PolicyError for a row with a token that the policy does not know.
+    """
+    rows.refuse_unknown(policy.tokens, "the model")
     known = {**data.known(rows), **(known or {})}
     more: dict[str, Any] = {"known": known, "stored": stored, "share": share, "pack": pack}
-    return Collate(rows, reads, pad=pad, dtype=policy.float_dtype, credit=data.credit, **more)
+    return Collate(rows, reads, dtype=policy.float_dtype, credit=data.credit, **more)
 
 
 def make_plan(

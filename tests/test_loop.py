@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rwft.config import TrainConfig
-from rwft.errors import ConfigError, DataError, NonFiniteError, ObjectiveError, SaveError, UserError
+from rwft.data.characters import character_tokenizer
+from rwft.errors import ConfigError, DataError, NonFiniteError, ObjectiveError, PolicyError, SaveError, UserError
 from rwft.loop import train
 from rwft.step import learning_rate
-from tests.tiny import tiny
+from tests.tiny import MODEL, tiny
 
 LAYOUTS = [(16, 1), (1, 16), (4, 4)]
 CORE = ["sft", "dft", "rwr", "iw_sft", "iw_sft_token", "filtered_bc", "awr", "reinforce", "prob_power", "tis"]
@@ -279,3 +281,30 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
 def test_a_tracker_that_is_not_there_is_refused(given: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=sentence):
         train(tiny(tmp_path, f"trackers={given}"))
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_by_row(tmp_path: Path) -> None:
+    known = character_tokenizer()("h")["input_ids"][-1] + 1  # the last letter of these rows
+    assert train(tiny(tmp_path, f"model.config.vocab_size={known}", "train.steps=1", name="enough")).steps == 1
+    row = next(n for n, line in enumerate((tmp_path / "rollouts.jsonl").read_text().splitlines(), 1) if "h" in line)
+    with pytest.raises(
+        PolicyError, match=rf"rollouts\.jsonl:{row}: token {known - 1}, but the model knows {known - 1} "
+    ):
+        train(tiny(tmp_path, f"model.config.vocab_size={known - 1}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_the_reference_does_not_know_are_refused(tmp_path: Path) -> None:
+    settings = {key: value for key, value in MODEL.items() if key != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**{**settings, "vocab_size": 60})).save_pretrained(tmp_path / "other")
+    with pytest.raises(PolicyError, match=r"rollouts\.jsonl:\d+: token \d+, but the model of reference.path knows 60 "):
+        train(tiny(tmp_path, f"reference.path={tmp_path}/other", objective="iw_sft"))
+
+
+def test_a_pad_token_that_the_model_does_not_know_is_not_needed(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<late>"})
+    tokenizer.save_pretrained(tmp_path / "late")
+    changes = (f"model.config.vocab_size={size}", f"model.tokenizer={tmp_path}/late", "train.batch_size=4")
+    assert train(tiny(tmp_path, *changes)).steps == 4

@@ -282,7 +282,7 @@ def held_out(folder: Path, rewards: list[float], training: list[float]) -> tuple
     found = prepare(config.data, load_tokenizer(config.model), frozenset(), folder / "cache").train
     n = np.arange(len(training))
     credit = fit(CreditConfig(), np.array(training), n, n + 1)
-    collate = Collate(found, frozenset(), pad=0, dtype=torch.float64)
+    collate = Collate(found, frozenset(), dtype=torch.float64)
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=1, process_index=0, reduce=lambda tensor, how: tensor
     )

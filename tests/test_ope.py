@@ -566,7 +566,7 @@ def test_states_are_the_models_own(tmp_path: Path, width: int) -> None:
     )
     config = tiny(tmp_path, f"model.config.hidden_size={width}", "model.config.attention_dropout=0.5")
     policy = load_policy(config.model, 0).train()
-    collate = Collate(rows, frozenset(), pad=0, dtype=torch.float64)
+    collate = Collate(rows, frozenset(), dtype=torch.float64)
     places = [np.array([0, 2]), np.array([1])]
     found = row_states(policy, collate, rows.length, places, device=torch.device("cpu"))
     assert policy.training
@@ -627,7 +627,7 @@ def own_logs(folder: Path, shift: float = 0.0) -> Config:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert data.held_out is not None
     for rows in (data.train, data.held_out):
-        collate = Collate(rows, frozenset(), pad=0, dtype=torch.float64)
+        collate = Collate(rows, frozenset(), dtype=torch.float64)
         logp = row_logp(
             policy, collate, rows.length, np.arange(len(rows)), device=torch.device("cpu"), tick=lambda _: None
         )

@@ -393,18 +393,18 @@ class Few:
 
 def test_a_batch_shares_its_prompts_or_else_is_packed() -> None:
     few: Any = Few()
-    collate = Collate(few, frozenset(), pad=0, dtype=torch.float64, share=Sharing(1, 0, always=True), pack=True)
+    collate = Collate(few, frozenset(), dtype=torch.float64, share=Sharing(1, 0, always=True), pack=True)
     assert isinstance(collate(np.array([0, 1])).layout, Shared)
     apart = collate(np.array([0, 2])).to(torch.device("cpu")).layout
     assert isinstance(apart, Packed)
     assert apart.ids.tolist() == [[5, 6, 7, 9]]
     assert not collate.packed
     assert isinstance(collate.plain()(np.array([0, 2])).layout, Packed)
-    alone = Collate(few, frozenset(), pad=0, dtype=torch.float64, pack=True)
+    alone = Collate(few, frozenset(), dtype=torch.float64, pack=True)
     assert alone.packed
     assert isinstance(alone(np.array([0, 1])).layout, Packed)
     assert alone(np.array([], dtype=np.int64)).layout is None  # a rank without rows
-    assert Collate(few, frozenset(), pad=0, dtype=torch.float64)(np.array([0, 1])).layout is None
+    assert Collate(few, frozenset(), dtype=torch.float64)(np.array([0, 1])).layout is None
 
 
 @pytest.fixture

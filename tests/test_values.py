@@ -71,7 +71,7 @@ def test_objectives_get_it_as_their_advantage(objective: str, tmp_path: Path) ->
     write(tmp_path)
     config = valued(tmp_path)
     data = prepared(config, "advantage")
-    collate = Collate(data.train, frozenset({"advantage"}), pad=0, dtype=torch.float64, known=data.known(data.train))
+    collate = Collate(data.train, frozenset({"advantage"}), dtype=torch.float64, known=data.known(data.train))
     batch = collate(np.arange(4))
     advantage = torch.tensor(ADVANTAGE, dtype=torch.float64)[:, None]
     torch.testing.assert_close(batch.signals["advantage"], advantage, rtol=0, atol=0)

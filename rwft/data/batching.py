@@ -236,7 +236,6 @@ class Collate:
         rows: Rows,
         reads: frozenset[str],
         *,
-        pad: int,
         dtype: torch.dtype,
         credit: Credit | None = None,
         known: Mapping[str, NDArray[Any]] | None = None,
@@ -244,7 +243,7 @@ class Collate:
         share: Sharing | None = None,
         pack: bool = False,
     ) -> None:
-        self.rows, self.reads, self.pad, self.dtype = rows, reads, pad, dtype
+        self.rows, self.reads, self.dtype = rows, reads, dtype
         self.share, self.pack = share, pack
         self.credit, self.known, self.stored = credit, known or {}, {} if stored is None else stored
 
@@ -255,14 +254,14 @@ class Collate:
 
     def plain(self) -> Collate:
         """Ids and mask only, of the same rows."""
-        return Collate(self.rows, frozenset(), pad=self.pad, dtype=self.dtype, share=self.share, pack=self.pack)
+        return Collate(self.rows, frozenset(), dtype=self.dtype, share=self.share, pack=self.pack)
 
     def __call__(self, indices: NDArray[np.int64]) -> Batch:
         if len(indices) == 0:  # a rank without rows still takes part in the collectives: nothing of this row is trained
             empty = self.plain()(np.zeros(1, dtype=np.int64))
             return replace(empty, mask=torch.zeros_like(empty.mask), signals={}, layout=None)
         columns = self.rows.take(indices)
-        ids = _pad(columns["ids"], self.pad, torch.int64)
+        ids = _pad(columns["ids"], 0, torch.int64)  # any id serves behind the end: causal masks hide it
         mask = _pad(columns["mask"], 0, self.dtype)
         signals = {"mask": mask}
         for name in sorted(self.reads):

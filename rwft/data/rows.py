@@ -23,6 +23,7 @@ from rwft.data.columns import empty, spans, stack
 from rwft.data.example import Example, Source
 from rwft.data.tokenize import Tokens
 from rwft.durable import writing
+from rwft.errors import PolicyError
 
 SCHEMA = pa.schema(
     [
@@ -89,6 +90,21 @@ class Rows:
         block = int(np.searchsorted(self._starts, row, side="right")) - 1
         read, place = self.reader.get_batch(block), row - int(self._starts[block])
         return Source(read["file"][place].as_py(), read["row"][place].as_py())
+
+    def refuse_unknown(self, size: int, whose: str) -> None:
+        """Raises PolicyError, naming the row, for a token beyond the first `size`: those are what `whose` knows."""
+        for start, block in zip(self._starts, _blocks(self.reader), strict=False):
+            ids = block["ids"].flatten().to_numpy()
+            beyond = np.flatnonzero(ids >= size)
+            ends = np.cumsum(block["ids"].value_lengths().to_numpy()) if len(beyond) else beyond
+            rows = int(start) + np.searchsorted(ends, beyond, side="right")
+            here = np.flatnonzero(np.isin(rows, self.where))  # others are of the other split
+            if len(here):
+                (index, *_), token = np.flatnonzero(self.where == rows[here[0]]), ids[beyond[here[0]]]
+                raise PolicyError(
+                    f"{self.source(int(index))}: token {token}, but {whose} knows {size} (0 to {size - 1}); expected "
+                    "the tokenizer that it was made with: set model.tokenizer to that, or choose its model"
+                )
 
     def missing(self, column: str) -> NDArray[np.bool_]:
         """`(n)`: which rows do not give this column."""
