@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -336,3 +337,21 @@ def test_the_text_comes_in_parts_that_do_not_grow_with_the_groups() -> None:
         assert "".join(parts) == json.dumps({"config": asdict(credit.config), **numbers, **levels, "groups": columns})
         assert max(map(len, parts)) <= max(8192 * 25, 400)
     assert len(parts) > 7 * 4
+
+
+@pytest.mark.parametrize("baseline", ["mean", "group_mean", "leave_one_out", "length_weighted"])
+def test_a_reward_at_the_mean_has_advantage_zero_exactly(baseline: str) -> None:
+    """Tenths are no binary fractions: the mean of -1.0, -0.7 and -0.4 comes out 1e-16 below -0.7."""
+    tenths = [g for g in itertools.combinations_with_replacement(range(-10, 11), 3) if 3 * sorted(g)[1] == sum(g)]
+    for group in [*tenths, (-3, 1, 2, 0)]:
+        reward, same = np.array(group) / 10, np.zeros(len(group), dtype=np.int64)
+        credit = fit(CreditConfig(baseline=baseline), reward, same, same + 1)
+        advantage = credit.advantage(reward, same, same + 1)
+        away = np.array(group) * len(group) - sum(group)
+        assert (np.sign(advantage) == np.sign(away)).all(), group
+
+
+@pytest.mark.parametrize("baseline", ["mean", "group_mean"])
+def test_a_small_difference_is_no_rounding(baseline: str) -> None:
+    reward, same = np.array([0.1, 0.7, 0.4 + 1e-12]), np.zeros(3, dtype=np.int64)
+    assert fit(CreditConfig(baseline=baseline), reward, same, same + 1).advantage(reward, same, same + 1)[2] > 0
