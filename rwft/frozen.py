@@ -77,10 +77,7 @@ class FrozenModels:
         """Log-probabilities of every trained token of every row, from the cache if this model met these rows before."""
         path = cache_path(Path(self.config.cache).expanduser(), fingerprint(model), rows, self.config.model.dtype)
         found = read_cached(path, rows)
-        everywhere = self.accelerator.reduce(
-            torch.tensor(float(found is not None), device=self.accelerator.device), "sum"
-        )
-        if found is not None and int(everywhere) == self.accelerator.num_processes:  # ranks may see different disks
+        if self.everywhere(found) and found is not None:
             self.display.say(f"{what} log-probabilities of {len(rows)} rows: from the cache")
             return found
         rows.refuse_unknown(model.tokens, "the model" if model is self.policy else f"the model of {what}.path")
@@ -96,6 +93,11 @@ class FrozenModels:
         self.accelerator.wait_for_everyone()
         return read_cached(path, rows) or StoredLogp(np.concatenate(pieces), starts(rows))
 
+    def everywhere(self, found: object | None) -> bool:
+        """Whether every rank found it: they may see different disks, and compute together or not at all."""
+        here = torch.tensor(float(found is not None), device=self.accelerator.device)
+        return int(self.accelerator.reduce(here, "sum")) == self.accelerator.num_processes
+
     def _part(
         self, model: Policy, rows: Rows, indices: NDArray[np.int64], file: Path, tick: Callable[[int], None]
     ) -> NDArray[Any]:
@@ -104,7 +106,7 @@ class FrozenModels:
 
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         found = read_values(file, int(rows.trained[indices].sum()))
-        if found is not None:
+        if self.everywhere(found) and found is not None:
             tick(len(indices) // world)
             return found
         share = sharing(self.config.data.share_prompts, [model.causal])

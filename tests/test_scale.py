@@ -27,6 +27,8 @@ from rwft.data.logprobs import by_length, length_batches, parts, row_logp
 from rwft.data.prepare import prepare, split
 from rwft.data.rows import BLOCK, Rows, open_rows, write_rows
 from rwft.loop import train
+from rwft.policy import load_policy
+from rwft.progress import Display
 from tests.tiny import tiny
 
 
@@ -132,6 +134,42 @@ def test_an_interrupted_reference_goes_on_with_the_next_part(tmp_path: Path, mon
     assert [file.suffixes for file in folder.iterdir()] == [[".npy"]]
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
     assert all(float((one[name] - two[name]).abs().max()) < 1e-9 for name in one)
+
+
+@pytest.mark.parametrize("others_have_it", [True, False])
+def test_a_part_is_taken_if_every_rank_has_it(
+    others_have_it: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks on another disk would wait for ever for the one that goes on without computing."""
+    from rwft import frozen
+
+    class Rank:
+        num_processes, process_index, is_main_process, device = 2, 0, True, torch.device("cpu")
+
+        def reduce(self, value: torch.Tensor, _how: str) -> torch.Tensor:
+            return value + float(others_have_it)
+
+    config, whole = tiny(tmp_path, "data.share_prompts=never", "data.pack=never"), rows(tmp_path)
+    policy, mine, file = load_policy(config.model, 0), np.arange(7), tmp_path / "part.npy"
+    number = int(whole.trained[mine].sum())
+    logprobs.write_cached(file, np.full(number, -1.0))
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda found: found)
+    monkeypatch.setattr(frozen, "row_logp", lambda *_, **__: {i: np.full(whole.trained[i], -2.0) for i in mine})
+    models = frozen.FrozenModels(config, policy, Rank(), Display(None, True))
+    found = models._part(policy, whole, mine, file, lambda _: None)
+    assert found.tolist() == [-1.0 if others_have_it else -2.0] * number
+
+
+def test_values_that_another_run_takes_away_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logprobs.write_cached(tmp_path / "part.npy", np.zeros(3))
+    right = np.load
+
+    def late(path: Path, **settings: Any) -> Any:
+        path.unlink()
+        return right(path, **settings)
+
+    monkeypatch.setattr(np, "load", late)
+    assert logprobs.read_values(tmp_path / "part.npy", 3) is None
 
 
 def test_rows_reach_the_model_in_batches_of_the_devices_size(monkeypatch: pytest.MonkeyPatch) -> None:

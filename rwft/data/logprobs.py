@@ -175,7 +175,8 @@ def read_cached(path: Path, rows: Rows) -> StoredLogp | None:
 
 def read_values(path: Path, number: int) -> NDArray[Any] | None:
     """A flat array of this many values, memory-mapped, or None where there is none."""
-    if not path.is_file():
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:  # never there, or taken away just now by another run that has the whole
         return None
-    values = np.load(path, mmap_mode="r", allow_pickle=False)
     return values if len(values) == number else None
