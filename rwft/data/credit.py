@@ -21,14 +21,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from rwft.config import CreditConfig
 from rwft.data.columns import empty, ranges, spans, stack
+from rwft.data.rounding import meet_level, meet_members
 from rwft.errors import CheckpointError, ConfigError, DataError
 
 GROUP_EPSILON = 1e-6  # added to a group's standard deviation, as in GRPO
 OF_GROUPS = ("group_mean", "leave_one_out", "length_weighted")
 LARGEST = 1e100  # of a reward: far beyond it a variance would overflow
 SHARED = ("none", "mean")  # baselines that are one number for all rows, besides a number itself
-ROUNDING = 4 * np.finfo(np.float64).eps  # of a group's mean, by the number of its rewards and the largest of them
-PAIRWISE = 16 * ROUNDING  # of the data set's, by the largest, however many: numpy adds in pairs of pairs
 LISTED = 1 << 13  # numbers that are made text at once
 VALUE = "value"  # the baseline that the data give, row by row
 
@@ -307,11 +306,7 @@ def _mean_and_std(rewards: Floats, level: Floats) -> tuple[float, float]:
     """Mean and unbiased standard deviation, exact where all are equal."""
     if len(level) == 1:
         return float(rewards[0]), 0.0
-    mean = float(rewards.mean())
-    place = int(np.searchsorted(level, mean))
-    for near in map(float, level[max(place - 1, 0) : place + 1]):
-        if abs(near - mean) <= PAIRWISE * max(abs(level[0]), abs(level[-1])):
-            mean = near  # that reward is at the mean, see `_meet`
+    mean = meet_level(float(rewards.mean()), level)
     squares = sum(float(np.square(rewards[part] - mean).sum()) for part in spans(len(rewards)))
     return mean, float(np.sqrt(squares / (len(rewards) - 1)))
 
@@ -324,21 +319,10 @@ def group_statistics(reward: Floats, group: Integers, lengths: NDArray[Any]) -> 
     equal = np.bincount(index, reward != some[index]) == 0
     mean = np.where(equal, some, np.bincount(index, reward) / size)
     length_mean = np.where(equal, some, np.bincount(index, reward * lengths) / np.bincount(index, lengths))
-    _meet(mean, reward, index, size)
-    _meet(length_mean, reward, index, size)
+    meet_members(mean, reward, index, size)
+    meet_members(length_mean, reward, index, size)
     squares = np.bincount(index, (reward - mean[index]) ** 2)
     return Groups(ids, size.astype(np.int64), mean, np.sqrt(squares / np.maximum(size - 1, 1)), length_mean), index
-
-
-def _meet(mean: Floats, reward: Floats, index: Integers, size: Integers) -> None:
-    """`(g), (n), (n), (g)`: in place, a mean that a member's reward equals but for rounding becomes that reward.
-
-    Else the sign of its advantage, which is all that some objectives read, would be that of the rounding.
-    """
-    largest = np.zeros(len(mean))
-    np.maximum.at(largest, index, np.abs(reward))
-    at = np.abs(reward - mean[index]) <= ROUNDING * (size * largest)[index]
-    mean[index[at]] = reward[at]
 
 
 def _group_above(rank: Integers, group: Integers) -> Floats:
