@@ -119,6 +119,28 @@ CHAT = {"messages": [{"role": "system", "content": "s"}, user("q"), bot("a")]}
 GPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 ALPACA = {"instruction": "Add", "input": "3 and 4", "output": "7"}
 DEMO = {"prompt": "1+1?", "completion": "2"}
+ARENA = {
+    "conversation_a": [user("q"), bot("a"), user("more"), bot("a2")],
+    "conversation_b": [user("q"), bot("b")],
+    "winner": "model_b",
+}
+RANKED = {
+    "conversations": [{"from": "human", "value": "q"}],
+    "chosen": {"from": "gpt", "value": "a"},
+    "rejected": {"from": "gpt", "value": "b"},
+}
+SWIFT = {"messages": [user("q"), bot("a")], "rejected_response": "b"}
+LM_EVAL = {
+    "doc_id": 0,
+    "doc": {"question": "2+2?", "answer": "#### 4"},
+    "target": "#### 4",
+    "arguments": {"gen_args_0": {"arg_0": "Question: 2+2?\nAnswer:", "arg_1": {"until": ["Question:"]}}},
+    "resps": [[" 4"]],
+    "filtered_resps": ["4"],
+    "filter": "strict-match",
+    "metrics": ["exact_match"],
+    "exact_match": 1.0,
+}
 
 
 def test_messages_split_where_the_assistant_first_speaks() -> None:
@@ -710,6 +732,13 @@ DETECTED: list[tuple[Row, str, Row]] = [
     (STEPS, "steps", {}),
     (SHEPHERD, "math_shepherd", {}),
     (PRM, "prm800k", {}),
+    (ARENA | {"model_a": "x", "model_b": "y", "turn": 1}, "arena", {}),
+    (RANKED, "sharegpt_preference", {}),
+    (SWIFT, "swift_preference", {}),
+    (PAIR | {"chosen": bot("a"), "rejected": bot("b")}, "preference", {"prompt": "prompt"}),
+    (ALPACA | {"kto_tag": False}, "alpaca", {"input": "input", "label": "kto_tag"}),
+    (GPT | {"label": True}, "sharegpt", {"label": "label"}),
+    (LM_EVAL, "lm_eval", {}),
 ]
 
 
@@ -722,6 +751,92 @@ def test_detection(row: Row, name: str, settings: Row, tmp_path: Path) -> None:
     found = read_examples(saved(tmp_path, row))
     assert list(found)
     assert found.description == choice.describe()
+
+
+def test_arena_reads_the_winner_and_drops_ties() -> None:
+    lost, won = examples("arena", ARENA)
+    assert (lost.prompt, lost.completion, lost.reward) == ([user("q")], [bot("a"), user("more"), bot("a2")], 0.0)
+    assert (won.prompt, won.completion, won.reward, won.group) == ([user("q")], [bot("b")], 1.0, lost.group)
+    first, second = examples("arena", ARENA | {"winner": "model_a"}, good=2.0, bad=-1.0)
+    assert (first.reward, second.reward) == (2.0, -1.0)
+    for tie in ("tie", "tie (bothbad)", "both_bad", "bothbad"):
+        (dropped,) = adapted("arena", ARENA | {"winner": tie})
+        assert isinstance(dropped, Dropped)
+    refused("arena", ARENA | {"winner": "x"}, "winner: found text 'x', expected model_a, model_b")
+
+
+def test_a_chosen_and_a_rejected_turn_behind_a_conversation() -> None:
+    chosen, rejected = examples("sharegpt_preference", RANKED | {"system": "s"}, system="system")
+    assert chosen.prompt == rejected.prompt == [{"role": "system", "content": "s"}, user("q")]
+    assert [(e.completion, e.reward) for e in (chosen, rejected)] == [([bot("a")], 1.0), ([bot("b")], 0.0)]
+    (same,) = adapted("sharegpt_preference", RANKED | {"rejected": RANKED["chosen"]})
+    assert isinstance(same, Dropped)
+    refused("sharegpt_preference", RANKED | {"chosen": {"from": "cat", "value": "a"}}, "chosen.from: found 'cat'")
+
+
+def test_a_rejected_answer_in_the_place_of_the_last_message() -> None:
+    row = {"messages": [user("q"), bot("a"), user("r"), bot("good")], "rejected_response": "bad"}
+    for given in ("bad", bot("bad"), [bot("bad")]):
+        chosen, rejected = examples("swift_preference", row | {"rejected_response": given})
+        assert chosen.prompt == rejected.prompt == [user("q"), bot("a"), user("r")]
+        assert [(e.completion, e.reward) for e in (chosen, rejected)] == [([bot("good")], 1.0), ([bot("bad")], 0.0)]
+    refused("swift_preference", row | {"messages": [user("q")]}, r"messages\[0\].role: found user, expected assistant")
+
+
+def test_preference_of_single_messages() -> None:
+    chosen, rejected = examples("preference", PAIR | {"chosen": bot("a"), "rejected": bot("b")}, prompt="prompt")
+    assert (chosen.prompt, chosen.completion, rejected.completion) == ([user("p")], [bot("a")], [bot("b")])
+
+
+def test_a_label_of_demonstrations() -> None:
+    assert only("alpaca", ALPACA | {"kto_tag": True}, label="kto_tag").reward == 1.0
+    assert only("alpaca", ALPACA | {"kto_tag": False}, label="kto_tag", bad=-1.0).reward == -1.0
+    assert only("sharegpt", GPT | {"label": "down"}, label="label").reward == 0.0
+    refused("alpaca", ALPACA | {"kto_tag": True, "reward": 1.0}, "one of them", label="kto_tag", reward="reward")
+    refused("alpaca", ALPACA | {"kto_tag": 3}, "kto_tag: found the number 3", label="kto_tag")
+
+
+def test_lm_eval_takes_the_response_and_its_metric() -> None:
+    coerced, example = adapted("lm_eval", LM_EVAL)
+    assert isinstance(coerced, Coerced)
+    assert isinstance(example, Example)
+    assert (example.prompt, example.completion, example.reward) == ("Question: 2+2?\nAnswer:", " 4", 1.0)
+    (kept,) = adapted("lm_eval", LM_EVAL, filter="strict-match")
+    (other,) = adapted("lm_eval", LM_EVAL, filter="flexible-extract")
+    assert isinstance(kept, Example)
+    assert isinstance(other, Dropped)
+    chat = {"gen_args_0": {"arg_0": json.dumps([user("2+2?")]), "arg_1": {}}}
+    assert adapted("lm_eval", LM_EVAL | {"arguments": chat, "filter": "none"})[0].prompt == [user("2+2?")]
+    for resps in ([["4", "5"]], [[["-1.5", "False"]], [["-0.5", "True"]]], [[" "]]):
+        dropped = adapted("lm_eval", LM_EVAL | {"resps": resps, "filter": "none"})
+        assert [type(item) for item in dropped] == [Dropped]
+    refused("lm_eval", LM_EVAL | {"exact_match": "1"}, "exact_match: found text '1', expected a finite number")
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (CHAT | {"resolved": True}, "nearest: `adapter: {name: messages, label: resolved}`;"),
+        (
+            SCORED | {"format_reward": 1.0, "correct_answer": 0.0},
+            "nearest: `adapter: scored` (ignores format_reward, correct_answer);",
+        ),
+        (
+            {"inputs": {"messages": [user("q")]}, "outputs": {"output": "a"}, "feedback": {"score": 0.5}},
+            "{name: scored, prompt: inputs.messages, completion: outputs.output, reward: feedback.score}",
+        ),
+    ],
+)
+def test_the_line_for_a_verdict_that_no_format_reads_by_itself(row: Row, line: str) -> None:
+    with pytest.raises(DataError, match=re.escape(line)):
+        detect([row])
+
+
+def test_what_a_verl_reward_function_told_besides_is_part_of_its_score() -> None:
+    row = {"input": "q", "output": "a", "gts": "4", "score": 1.0, "step": 3, "acc": True, "format_reward": 0.5}
+    assert detect([row]).name == "verl_rollouts"
+    with pytest.raises(DataError, match="fit no format"):
+        detect([row | {"reward": 0.5}])
 
 
 def test_every_built_in_format_is_detected_or_needs_a_setting() -> None:

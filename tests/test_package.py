@@ -110,6 +110,13 @@ def test_the_version_is_written_once() -> None:
     assert rwft.__version__ not in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_package_is_the_command_too() -> None:
+    ran = subprocess.run([sys.executable, "-m", "rwft", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["rwft", rwft.__version__]
+    lost = subprocess.run([sys.executable, "-m", "rwft", "data", "no.jsonl"], capture_output=True, text=True)
+    assert (lost.returncode, lost.stderr.count("\n")) == (2, 1)
+
+
 def test_every_dependency_is_pinned() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     listed = re.search(r"\ndependencies = \[(.*?)\n\]", text, re.DOTALL)

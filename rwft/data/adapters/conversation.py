@@ -15,6 +15,17 @@ from rwft.errors import DataError, did_you_mean
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 WEIGHTS = ("weight", "loss", "loss_scale", "loss_weight", "train")
 SWITCHES = ("loss", "train")
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):(?: |(?=\n)|$)")
 
 Side = str | list[Message]
@@ -62,6 +73,35 @@ def _part(part: Any, field: str) -> str:
     if part.get("weight") is not None:
         raise DataError(f"{field}.weight: found a weight on a part, expected it on the whole message")
     return text(part.get("text"), f"{field}.text")
+
+
+def turn(value: Any, field: str) -> Message:
+    """One turn of `from` and `value`, as a message."""
+    if not isinstance(value, Mapping) or "from" not in value or "value" not in value:
+        hint = "; turns of `role` and `content` are read by `adapter: messages`" if _is_message(value) else ""
+        raise wrong(value, field, f"a turn with `from` and `value`{hint}")
+    speaker = text(value["from"], f"{field}.from")
+    if speaker not in SPEAKERS:
+        raise DataError(f"{field}.from: found {speaker!r}, expected a known speaker; {did_you_mean(speaker, SPEAKERS)}")
+    said = text(value["value"], f"{field}.value")
+    whole = {**value, "role": SPEAKERS[speaker], "content": said}
+    if speaker == "function_call":
+        whole |= {"content": None, "tool_calls": [_call(said, f"{field}.value")]}
+    return message({k: v for k, v in whole.items() if k not in ("from", "value")}, field)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
+
+
+def _call(said: str, field: str) -> dict[str, Any]:
+    try:
+        call = json.loads(said)
+    except (json.JSONDecodeError, RecursionError):
+        call = None
+    if not isinstance(call, dict) or "name" not in call:
+        raise DataError(f"{field}: found {said[:40]!r}, expected a call as a JSON object with `name` and `arguments`")
+    return {"type": "function", "function": call}
 
 
 def _weight(value: Mapping[str, Any], field: str) -> float | None:

@@ -23,12 +23,14 @@ from rwft.data.adapters.names import (
     TALK,
     VERDICT,
     VERL_PROMPTS,
+    WHOLE,
 )
 from rwft.data.adapters.values import MissingColumn, column, found
 from rwft.errors import DataError, did_you_mean
 from rwft.registry import Entry
 
 PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
+TOTALS = ("reward", "score")  # where one is, nobody wants columns weighed instead
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 Columns = Mapping[str, Kinds | None]
 
@@ -188,6 +190,8 @@ def _holds(setting: ColumnSetting, found: Kinds | None) -> bool:
 
 def _left_over(entry: Entry, ignored: Sequence[str], columns: Columns) -> list[str]:
     """Which of the ignored columns would change what is trained, or what in them would."""
+    if entry.name in WHOLE:
+        return [name for name in ignored if name in TOTALS]
     harmless = HARMLESS.get(entry.name, set())
     out: list[str] = []
     for name in (name for name in ignored if name not in harmless):
@@ -329,7 +333,8 @@ def _distance(entry: Entry, columns: Columns) -> tuple[tuple[int, int, int], str
         left = [name for name in left if name not in _weighable(entry, columns)]
     if missing:
         lacking = f"{entry.name} lacks {', '.join(missing)}: `{yaml_line(entry.name, settings)}`"
-        return (len(missing) + len(left), absent + len(needs), renamed), lacking
+        summed = "weights" in needs and any("number" in (columns.get(name) or UNKNOWN) for name in TOTALS)
+        return (len(missing) + len(left) + summed, absent + len(needs), renamed), lacking
     ignoring = f" (ignores {', '.join(left)})" if left else ""
     return (len(left), 0, renamed), f"`{yaml_line(entry.name, settings)}`{ignoring}"
 

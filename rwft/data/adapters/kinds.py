@@ -41,7 +41,8 @@ def kinds(value: Any) -> Kinds:
         marked = {"marked text"} if MARKER in value else set[str]()
         return frozenset({"text"} | marked | ({"label"} if verdict_of(value) is not None else set()))
     if isinstance(value, Mapping):
-        return frozenset({"mapping"})
+        message, turn = {"role", "content"} <= value.keys(), {"from", "value"} <= value.keys()
+        return frozenset({"mapping"} | ({"message"} if message else set()) | ({"turn"} if turn else set()))
     if isinstance(value, list):
         return _list(value)
     return UNKNOWN if value is None else frozenset({f"values of type {type(value).__name__}"})

@@ -11,7 +11,7 @@ JUDGEMENT = re.compile(
 )
 # So would a verdict or a number under such a name; text under it is an answer to compare with.
 VERDICT = re.compile(
-    r"(^|[^a-z])(correct|correctness|success|passed|thumbs|votes|liked|accepted|verdict|grade|good|better|winner|quality|helpfulness)([^a-z]|$)",
+    r"(^|[^a-z])(correct|correctness|success|passed|thumbs|votes|liked|accepted|verdict|grade|good|better|winner|quality|helpfulness|resolved|solved|acc|accuracy|exact_match)([^a-z]|$)",
     re.IGNORECASE,
 )
 # And so would anything at all under these.
@@ -32,6 +32,8 @@ HARMLESS = {
     "trl_completions": {"advantage"},
     "halos_pairwise": {"reward_difference"},
 }
+# Their score says all: what else judges in a row went into it, or is another measure of the same.
+WHOLE = {"verl_rollouts", "lm_eval"}
 # What the writer of a dump left out, and the description says. Its columns never go by other names.
 NOT_LOGGED = {
     "open_instruct": "which tokens are tool outputs",
@@ -58,13 +60,17 @@ VERDICTS = (
     "accepted",
     "feedback",
     "vote",
+    "resolved",
+    "solved",
+    "kto_tag",
 )
 SYNONYMS = (
-    ("prompt", "question", "instruction", "query", "problem", "input", "context", "history"),
+    ("prompt", "question", "instruction", "query", "problem", "input", "context", "history", "inputs"),
     ("completion", "response", "answer", "output", "solution", "generation"),
     ("reward", "score", "rating", "value", "label", *VERDICTS),
     ("completions", "generations", "responses", "outputs", "answers", "samples"),
     ("rewards", "scores", "ratings", "labels", "correctness_math_verify", "correctness"),
+    ("metric", "exact_match", "acc", "math_verify", "pass@1", "f1"),
     ("messages", "conversations", "conversation", "dialogue"),
     ("chosen", "preferred", "preferred_output", "winner", "output_A"),
     ("rejected", "dispreferred", "non_preferred_output", "loser", "output_B"),

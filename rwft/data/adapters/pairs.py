@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
-from rwft.data.adapters.contract import Coerced, Content, Dropped, Holds, Key, Number, Row, Text, Yield, adapter
-from rwft.data.adapters.conversation import Message, Side, common, content, group_of, joined, transcript
-from rwft.data.adapters.values import column, key, number, text, wrong
+from rwft.data.adapters import conversation
+from rwft.data.adapters.contract import (
+    Coerced,
+    Content,
+    Dropped,
+    Holds,
+    Key,
+    Messages,
+    Number,
+    Row,
+    Text,
+    Yield,
+    adapter,
+)
+from rwft.data.adapters.conversation import (
+    Message,
+    Side,
+    common,
+    content,
+    group_of,
+    joined,
+    messages,
+    system_first,
+    transcript,
+    turn,
+)
+from rwft.data.adapters.values import column, items, key, number, optional, text, wrong
 from rwft.data.example import Example, Source
 from rwft.errors import DataError
 
@@ -15,11 +39,15 @@ Chosen = Holds(("number",), ("score_chosen", "chosen_score", "chosen_rating", "r
 Rejected = Holds(("number",), ("score_rejected", "rejected_score", "rejected_rating", "reward_rejected"))
 ChosenScore = Annotated[str, Chosen]
 RejectedScore = Annotated[str, Rejected]
+Reply = Annotated[str, Holds(("text", "messages", "message"))]
+Turn = Annotated[str, Holds(("turn",))]
+Turns = Annotated[str, Holds(("turns",))]
 Strength = Annotated[str, Holds(("number",), ("preference_strength",))]
 Winner = Annotated[str, Holds(("text", "whole number"))]
 
 SAME = "tie: both completions are the same"
 TIE = "tie: both rewards are the same"
+NO_WINNER = ("tie", "both_bad", "bothbad", "tie (bothbad)")
 PARTING = "pair that does not part at an answer"
 
 
@@ -28,8 +56,8 @@ def preference(
     row: Row,
     source: Source,
     *,
-    chosen: Content = "chosen",
-    rejected: Content = "rejected",
+    chosen: Reply = "chosen",
+    rejected: Reply = "rejected",
     prompt: Content | None = None,
     chosen_reward: ChosenScore | None = None,
     rejected_reward: RejectedScore | None = None,
@@ -39,10 +67,10 @@ def preference(
 ) -> Iterator[Yield]:
     """A chosen and a rejected completion, with their scores if there are any, else `good` and `bad`.
 
-    Each is a completion, or the whole conversation: then the common beginning is the prompt. Without a
-    prompt, text must be a transcript of `Human:` and `Assistant:`. Ties are dropped, and counted.
+    Each is a completion (text, a message, or messages), or the whole conversation: then the common beginning is
+    the prompt. Without a prompt, text must be a transcript of `Human:` and `Assistant:`. Ties are dropped, and counted.
     """
-    first, second = content(column(row, chosen), chosen), content(column(row, rejected), rejected)
+    first, second = _reply(column(row, chosen), chosen), _reply(column(row, rejected), rejected)
     rewards = _rewards(row, chosen_reward, rejected_reward) or (good, bad)
     if isinstance(first, str) != isinstance(second, str):
         raise wrong(row[rejected], rejected, f"the same kind as in {chosen}: both text, or both messages")
@@ -127,6 +155,90 @@ def comparison(
         yield Dropped(SAME if replies[0] == replies[1] else TIE)
     else:
         yield from _pair(row, source, content(column(row, prompt), prompt), replies, rewards, group)
+
+
+@adapter
+def arena(
+    row: Row,
+    source: Source,
+    *,
+    conversation_a: Messages = "conversation_a",
+    conversation_b: Messages = "conversation_b",
+    winner: Text = "winner",
+    good: float = 1.0,
+    bad: float = 0.0,
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """Two conversations with the same questions, and the winner: model_a or model_b. Ties are dropped, and counted.
+
+    All answers from the first one on are the completion. Anything but `model_a`, `model_b`, `tie` and `both_bad`
+    (or `tie (bothbad)`, `bothbad`) is refused.
+    """
+    sides = [messages(column(row, name), name) for name in (conversation_a, conversation_b)]
+    said = text(column(row, winner), winner)
+    if said not in ("model_a", "model_b", *NO_WINNER):
+        raise wrong(said, winner, f"model_a, model_b, {', '.join(NO_WINNER)}")
+    if sides[0] == sides[1] or said in NO_WINNER:
+        yield Dropped(SAME if sides[0] == sides[1] else TIE)
+    else:
+        rewards = (good, bad) if said == "model_a" else (bad, good)
+        yield from _conversations(row, source, (None, None), sides[0], sides[1], rewards, group)
+
+
+@adapter
+def sharegpt_preference(
+    row: Row,
+    source: Source,
+    *,
+    conversations: Turns = "conversations",
+    chosen: Turn = "chosen",
+    rejected: Turn = "rejected",
+    system: Text | None = None,
+    good: float = 1.0,
+    bad: float = 0.0,
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """A conversation of `from` and `value` up to the question, then a chosen and a rejected turn."""
+    past = [
+        turn(item, f"{conversations}[{i}]") for i, item in enumerate(items(column(row, conversations), conversations))
+    ]
+    replies = turn(column(row, chosen), chosen), turn(column(row, rejected), rejected)
+    if replies[0] == replies[1]:
+        yield Dropped(SAME)
+    else:
+        prompt = system_first(optional(row, system), str(system), past)
+        yield from _pair(row, source, prompt, ([replies[0]], [replies[1]]), (good, bad), group)
+
+
+@adapter
+def swift_preference(
+    row: Row,
+    source: Source,
+    *,
+    messages: Messages = "messages",
+    rejected_response: Reply = "rejected_response",
+    good: float = 1.0,
+    bad: float = 0.0,
+    group: Key | None = None,
+) -> Iterator[Yield]:
+    """A conversation whose last message is the chosen answer, and a rejected answer in its place."""
+    turns = conversation.messages(column(row, messages), messages)
+    if turns[-1]["role"] != "assistant":
+        found = turns[-1]["role"]
+        raise DataError(f"{messages}[{len(turns) - 1}].role: found {found}, expected assistant, the chosen answer")
+    other = _reply(column(row, rejected_response), rejected_response)
+    rejected: list[Message] = [{"role": "assistant", "content": other}] if isinstance(other, str) else other
+    if rejected == turns[-1:]:
+        yield Dropped(SAME)
+    else:
+        yield from _pair(row, source, turns[:-1], (turns[-1:], rejected), (good, bad), group)
+
+
+def _reply(value: Any, field: str) -> Side:
+    """Text, messages, or one message."""
+    if isinstance(value, Mapping) and "role" in value:
+        return [conversation.message(value, field)]
+    return content(value, field)
 
 
 def _by_winner(value: object, field: str, wins: tuple[str, str], rewards: tuple[float, float]) -> tuple[float, float]:
