@@ -51,7 +51,8 @@ class RowMoved:
 class Finding:
     """An objective, its number in the report (from 1), and what its runs (one a seed) left.
 
-    `temperatures` are its samples at each, scores by prompt averaged over seeds; `carried` the training rows with
+    `kl`, `began` and `rise` have a figure a seed: KL to the start, the mean held-out NLL a token at the start of the
+    run, and its change until the end. `temperatures` are its samples at each, scores by prompt averaged over seeds; `carried` the training rows with
     the largest shares of the updates (the share in both values), `unlearnt` those whose NLL rose most between the
     first and the last time that they were seen; None where the run kept no rows. `risen` and `fallen` are of
     held-out rows, from start to end.
@@ -62,6 +63,7 @@ class Finding:
     outcomes: tuple[Outcome, ...]
     evaluations: tuple[dict[str, Any], ...]
     kl: tuple[float, ...]
+    began: tuple[float, ...]
     rise: tuple[float, ...]
     temperatures: tuple[Sampled, ...]
     warnings: tuple[Warned, ...]
@@ -129,6 +131,7 @@ def _finding(number: int, summary: Summary, runs: tuple[Outcome, ...]) -> Findin
         runs,
         evaluations,
         kl=tuple(drift["kl"] for drift in drifts),
+        began=tuple(drift["nll_start"] for drift in drifts),
         rise=tuple(drift["nll_end"] - drift["nll_start"] for drift in drifts),
         temperatures=_temperatures(evaluations),
         warnings=_warnings(runs, evaluations),

@@ -208,7 +208,7 @@ class _View:
 
     @property
     def curves(self) -> list[tuple[str, Any]]:
-        return [(title, self._drawn(svg)) for title, svg in report_charts.learning_curves(self._report.result)]
+        return [(title, self._drawn(svg)) for title, svg in report_charts.learning_curves(self.findings)]
 
     @property
     def frontier(self) -> tuple[str, Any]:

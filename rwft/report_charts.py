@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rwft.compare import objectives
-from rwft.comparison import PRIOR, Comparison, Summary, interval
+from rwft.comparison import PRIOR, interval
 from rwft.config import Config
 from rwft.curves import SECOND, TALLEST, Curve, curves
 from rwft.errors import RwftError
@@ -22,20 +22,22 @@ from rwft.weighting import Objective, build_objective
 
 
 def legend(found: Sequence[Finding]) -> str:
-    """Numbers, lines and names, as a list."""
+    """Numbers, lines and names, as a list; a prior is where the charts start, and no line of theirs."""
     items = (
         f'<li><span class="key">{swatch(f.number)}<span class="n">{f.number}</span></span>'
         f"<bdi>{text(f.label, LABEL)}</bdi></li>"
         for f in found
+        if f.label != PRIOR
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def learning_curves(result: Comparison) -> list[tuple[str, str]]:
+def learning_curves(found: Sequence[Finding]) -> list[tuple[str, str]]:
     """Title and chart of each held-out figure that was followed for at least two evaluations."""
     out = []
     for name, words in FIGURES.items():
-        series = [s for n, summary in enumerate(result.summaries, 1) if (s := _course(result, summary, n, name))]
+        prior = next((f.summary.held_out.get(name) for f in found if f.label == PRIOR), None)
+        series = [s for f in found if f.label != PRIOR and (s := _course(f, name, prior))]
         if any(len(s.x) > 1 for s in series):
             ends = "; ".join(f"{s.number} {s.name} ends at {s.y[-1]:.3g}" for s in series)
             chart = Chart(tuple(series), "step", "nats a token", f"{words} by training step. {ends}.")
@@ -43,17 +45,19 @@ def learning_curves(result: Comparison) -> list[tuple[str, str]]:
     return out
 
 
-def _course(result: Comparison, summary: Summary, number: int, name: str) -> Series | None:
-    """A figure over the steps, mean over seeds; after a prior it begins where that ended, at step 0."""
-    if summary.label == PRIOR:
-        return None
-    steps, mean = mean_curve([o for o in result.outcomes if o.label == summary.label], name)
-    start = next((s.held_out.get(name) for s in result.summaries if s.label == PRIOR), None)
+def _course(f: Finding, name: str, prior: float | None) -> Series | None:
+    """A figure over the steps, mean over seeds; at step 0 where a prior ended, or what is known of the start.
+
+    Without a prior that is the NLL of all rows, and nothing of good and bad ones.
+    """
+    steps, mean = mean_curve(f.outcomes, name)
     if not steps:
         return None
-    if start is not None:
-        steps, mean = [0, *steps], [start, *mean]
-    return Series(number, summary.label, steps, mean)
+    if prior is not None:
+        steps, mean = [0, *steps], [prior, *mean]
+    elif name == "nll/mean" and len(steps) > 1:
+        steps, mean = [0, *steps], [float(np.mean(f.began)), *mean]
+    return Series(f.number, f.label, steps, mean)
 
 
 def frontier(found: Sequence[Finding], behavior: float | None) -> tuple[str, str]:

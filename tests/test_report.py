@@ -25,6 +25,7 @@ from rwft.drift import beginning, ending
 from rwft.findings import findings, sharper
 from rwft.readable import readable
 from rwft.report import SECTIONS, Report, gather, render
+from rwft.report_charts import learning_curves, legend
 from rwft.rowlog import SCHEMA
 from rwft.svg import Chart, Series, draw, look, ticks
 from rwft.weighting import build_objective
@@ -539,3 +540,30 @@ def test_a_run_of_other_settings_is_no_kept_one(finished: tuple[Config, Comparis
     assert kept(job) is not None
     assert kept(replace(job, config=replace(job.config, evaluate=replace(job.config.evaluate, samples=3)))) is None
     assert kept(replace(job, config=replace(job.config, output=f"{config.output}/elsewhere"))) is None
+
+
+def test_curves_begin_at_the_start(copied: tuple[Config, list[Outcome]]) -> None:
+    """Without a prior the NLL of all rows begins at what drift.json holds, the mean over seeds; the others cannot."""
+    config, runs = copied
+    for run in runs:
+        edit(run, "drift.json", nll_start=50.0 + 2.0 * run.seed)
+    charts = dict(learning_curves(rebuilt(config, runs).findings))
+    dots = {words: svg.count('class="dot"') for words, svg in charts.items()}
+    assert dots == {"NLL of good rows": 4, "NLL of bad rows": 4, "NLL": 6}
+    first, *_ = re.findall(r'class="dot" cx="([\d.]+)" cy="([\d.]+)"', charts["NLL"])
+    tick = {words: float(y) - 4 for y, words in re.findall(r'y="([\d.]+)" text-anchor="end">([^<]*)<', charts["NLL"])}
+    per_nat = (tick["20"] - tick["40"]) / 20
+    assert float(first[1]) == pytest.approx(tick["40"] - 11 * per_nat, abs=0.2)  # 51: the mean of 50 and 52
+
+
+def test_a_prior_is_in_no_legend(copied: tuple[Config, list[Outcome]]) -> None:
+    """It is where the lines start, and no line."""
+    config, runs = copied
+    prior = [replace(run, label="prior") for run in runs if run.label == "sft"]
+    found = findings(summarise([*prior, *runs], list(dict.fromkeys(o.label for o in [*prior, *runs])), 0.5, True))
+    items = re.findall(r'<span class="n">(\d+)</span></span><bdi>([^<]*)</bdi>', legend(found))
+    assert [number for number, _ in items] == ["2", "3"]
+    assert "prior" not in [words for _, words in items]
+    charts = [svg for _, svg in learning_curves(found)]
+    assert all("<title>1 prior</title>" not in svg for svg in charts)
+    assert all("<title>2 sft</title>" in svg for svg in charts)
