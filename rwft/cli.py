@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -184,6 +185,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except SystemExit as done:
+        if done.code == 128 + signal.SIGINT:  # Typer's, for Ctrl-C outside of training steps
+            typer.echo("rwft: interrupted; nothing is half-written, the same command starts again", err=True)
         if done.code:
             raise
     except RwftError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rwft
+from rwft.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "rwft").rglob("*.py"))
@@ -117,6 +118,22 @@ def test_the_package_is_the_command_too() -> None:
         [sys.executable, "-m", "rwft", "data", "no.jsonl"], check=False, capture_output=True, text=True
     )
     assert (lost.returncode, lost.stderr.count("\n")) == (2, 1)
+
+
+def test_ctrl_c_outside_of_training_steps_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(_: str) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rwft.skeleton.new_command", pressed)
+    monkeypatch.setattr("sys.argv", ["rwft", "new", "mine"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 130
+    assert said.startswith("rwft: interrupted; ")
+    assert said.count("\n") == 1
 
 
 def test_every_dependency_is_pinned() -> None:
