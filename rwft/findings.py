@@ -52,10 +52,10 @@ class Finding:
     """An objective, its number in the report (from 1), and what its runs (one a seed) left.
 
     `kl`, `began` and `rise` have a figure a seed: KL to the start, the mean held-out NLL a token at the start of the
-    run, and its change until the end. `temperatures` are its samples at each, scores by prompt averaged over seeds; `carried` the training rows with
-    the largest shares of the updates (the share in both values), `unlearnt` those whose NLL rose most between the
-    first and the last time that they were seen; None where the run kept no rows. `risen` and `fallen` are of
-    held-out rows, from start to end.
+    run, and its change until the end. `temperatures` are its samples at each, scores by prompt averaged over seeds;
+    `carried` the training rows with the largest shares of the updates (the share in both values), `unlearnt` those
+    whose NLL rose most between the first and the last time that they were seen; None where the run kept no rows.
+    `risen` and `fallen` are of held-out rows, from start to end.
     """
 
     number: int

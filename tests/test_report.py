@@ -558,7 +558,7 @@ def test_curves_begin_at_the_start(copied: tuple[Config, list[Outcome]]) -> None
 
 def test_a_prior_is_in_no_legend(copied: tuple[Config, list[Outcome]]) -> None:
     """It is where the lines start, and no line."""
-    config, runs = copied
+    _, runs = copied
     prior = [replace(run, label="prior") for run in runs if run.label == "sft"]
     found = findings(summarise([*prior, *runs], list(dict.fromkeys(o.label for o in [*prior, *runs])), 0.5, True))
     items = re.findall(r'<span class="n">(\d+)</span></span><bdi>([^<]*)</bdi>', legend(found))
