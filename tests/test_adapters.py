@@ -805,8 +805,11 @@ def test_lm_eval_takes_the_response_and_its_metric() -> None:
     (other,) = adapted("lm_eval", LM_EVAL, filter="flexible-extract")
     assert isinstance(kept, Example)
     assert isinstance(other, Dropped)
-    chat = {"gen_args_0": {"arg_0": json.dumps([user("2+2?")]), "arg_1": {}}}
-    assert adapted("lm_eval", LM_EVAL | {"arguments": chat, "filter": "none"})[0].prompt == [user("2+2?")]
+    spelt = json.dumps([user("2+2?")])
+    for given in (spelt, [spelt]):
+        chat = {"gen_args_0": {"arg_0": given, "arg_1": {}}}
+        example = only("lm_eval", LM_EVAL | {"arguments": chat, "filter": "none"})
+        assert (example.prompt, example.completion) == ([user("2+2?")], [bot(" 4")])
     for resps in ([["4", "5"]], [[["-1.5", "False"]], [["-0.5", "True"]]], [[" "]]):
         dropped = adapted("lm_eval", LM_EVAL | {"resps": resps, "filter": "none"})
         assert [type(item) for item in dropped] == [Dropped]

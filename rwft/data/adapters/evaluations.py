@@ -52,7 +52,7 @@ def lm_eval(
     else:
         rated = column(row, metric)
         reward = float(rated) if isinstance(rated, bool) else number(rated, metric)
-        prompt, completion = joined(_prompt(text(given, f"{arguments}.gen_args_0.arg_0")), responses[0])
+        prompt, completion = joined(_prompt(given, f"{arguments}.gen_args_0.arg_0"), responses[0])
         yield Example(prompt, completion, source, reward=reward, group=group_of(prompt))
 
 
@@ -63,11 +63,12 @@ def _one_list(value: Any, field: str) -> list[Any]:
     return value[0] if len(value) == 1 else value
 
 
-def _prompt(value: str) -> Side:
-    """Text, or the messages that it spells in JSON, as for a chat API."""
+def _prompt(given: Any, field: str) -> Side:
+    """Text; or messages, as a chat API gets them: spelt in JSON, in a list of their own."""
+    value = text(given[0] if isinstance(given, list) and len(given) == 1 else given, field)
     try:
         told = json.loads(value) if value.startswith("[{") else None
     except (json.JSONDecodeError, RecursionError):
         told = None
     is_chat = isinstance(told, list) and all(isinstance(item, dict) and "role" in item for item in told)
-    return content(told, "arguments") if is_chat else value
+    return content(told, field) if is_chat else value
