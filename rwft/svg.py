@@ -15,7 +15,7 @@ from rwft.redaction import redact
 
 COLOURS = 8  # classes s0, s1, ... of the style sheet
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
-LEFT, RIGHT, TOP, BOTTOM = 54, 40, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 64, 40, 10, 38
 DOTTED = 40  # points of a series, up to which each has a dot
 NEAR = 11.0  # pixels between labels, below which they share one
 
