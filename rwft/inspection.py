@@ -44,6 +44,7 @@ def inspect_file(config: Config, display: Display) -> None:
     rewards: list[float] = []
     lengths: list[int] = []
     groups: Counter[str | None] = Counter()
+    said: set[int] = set()
     tick = display.ticker("reading rows")
     for example in examples:
         tick(1)
@@ -52,9 +53,14 @@ def inspect_file(config: Config, display: Display) -> None:
         turns = [example.completion] if isinstance(example.completion, str) else assistant_texts(example.completion)
         lengths.append(sum(map(len, turns)))
         groups[example.group] += 1
+        said.add(hash(f"{example.prompt!r} {example.completion!r} {example.reward!r}"))
     display.say(examples.description, f"{examples.ledger.rows} rows, {len(lengths)} examples")
     display.say(*dropped_lines(examples.ledger.dropped, examples.ledger.first))
     display.say(*(f"{n} x {note}" for note, n in sorted(examples.ledger.notes.items())))
+    if again := len(lengths) - len(said):
+        display.say(
+            f"{again} repeat an earlier one (prompt, completion and reward), and count as often as they stand there"
+        )
     _distribution(display, "reward", np.asarray(rewards), len(lengths))
     _distribution(display, "characters in a completion", np.asarray(lengths, dtype=np.float64), len(lengths))
     _group_sizes(display, np.asarray([size for group, size in groups.items() if group is not None]))

@@ -60,6 +60,16 @@ def test_a_file_by_itself(tmp_path: Path) -> None:
     assert counts[:3] == ["3", "2", "1"]
 
 
+def test_rows_that_repeat_others_are_counted(tmp_path: Path) -> None:
+    """Of six rows none repeats another; the first twice more and the fourth once more make three."""
+    settings = config(tmp_path)
+    assert "repeat" not in said(settings, tokens=False)
+    path = rows(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[0], lines[3], lines[0]]))
+    assert "\n3 repeat an earlier one (prompt, completion and reward)" in said(settings, tokens=False)
+
+
 def test_weights_and_who_carries_them(tmp_path: Path) -> None:
     text = said(config(tmp_path, "objective={name: rwr, temperature: 1.0}"), tokens=True)
     weights = [min(math.exp(r), 20.0) for r in REWARDS]
