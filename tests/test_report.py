@@ -478,14 +478,14 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
 def test_points_lie_where_their_numbers_say() -> None:
     """Axes 0..10 and 0..1: the middle is half way between the ends, and y grows upwards."""
     line = Series(3, "a", [0.0, 5.0, 10.0], [0.0, 0.5, 1.0])
-    svg = draw(Chart((line,), "x", "y", "d", x_range=(0.0, 10.0), y_range=(0.0, 1.0), width=394, height=248))
+    svg = draw(Chart((line,), "x", "y", "d", x_range=(0.0, 10.0), y_range=(0.0, 1.0), width=404, height=248))
     assert [tuple(map(float, p)) for p in re.findall(r'class="dot" cx="([\d.]+)" cy="([\d.]+)"', svg)] == [
-        (54.0, 210.0),
-        (204.0, 110.0),
-        (354.0, 10.0),
+        (64.0, 210.0),
+        (214.0, 110.0),
+        (364.0, 10.0),
     ]
-    assert 'd="M54.0 210.0L204.0 110.0L354.0 10.0"' in svg
-    assert '<text class="number" x="361.0"' in svg
+    assert 'd="M64.0 210.0L214.0 110.0L364.0 10.0"' in svg
+    assert '<text class="number" x="371.0"' in svg
 
 
 def test_lines_break_at_what_is_no_number_and_nothing_draws_an_empty_chart() -> None:
