@@ -23,10 +23,10 @@ from rwft.softmax import (
     ALIGNED,
     Projection,
     Vocabulary,
-    blocks,
     check_shapes,
     check_signals,
     equal_slices,
+    exact_blocks,
     finish_,
     measure_,
     merge,
@@ -206,8 +206,7 @@ class _Head:
         """Signals `(k)` of one chunk, which stays in the buffer as products."""
         products = self.policy.products(part)
         found = []
-        for block in blocks(products):
-            z = products[block].to(self.policy.exact, copy=True)
+        for block, z in exact_blocks(products, self.policy.exact, keep=True):
             finish_(z, self.policy.vocabulary)
             found.append(measure_(z, self.targets[within(part, block)], self.names))
         return merge(found)
@@ -217,8 +216,7 @@ class _Head:
         products = self.policy.products(part)
         by_products = Dense(products) if self.draws is None else Sampled(self.draws)
         found = []
-        for block in blocks(products):
-            z = products[block].to(self.policy.exact)
+        for block, z in exact_blocks(products, self.policy.exact):
             slope = finish_(z, self.policy.vocabulary)
             targets = self.targets[within(part, block)]
             found.append(measure_(z, targets, names))
@@ -238,7 +236,8 @@ class _Head:
         """`(k)`: adds the gradients of weight and bias, given those by products."""
         if self.gradients.weight is not None:
             x = self.policy.x[rows]
-            by_products.add_by_weight(self.gradients.weight, (x * factor[:, None]).to(x.dtype))
+            fx = (x * factor[:, None]).to(x.dtype)
+            by_products.add_by_weight(self.gradients.weight, fx, first=rows.start == 0)
         if self.gradients.bias is not None:
             by_products.add_by_bias(self.gradients.bias, factor)
 
@@ -246,8 +245,8 @@ class _Head:
         """All gradients of one chunk with penalties; `at_hand`: its products are in the buffer."""
         products = self.policy.buffer[: part.stop - part.start] if at_hand else self.policy.products(part)
         regularised.load(part)
-        for block in blocks(products):
-            rows, z = within(part, block), products[block].to(self.policy.exact)
+        for block, z in exact_blocks(products, self.policy.exact):
+            rows = within(part, block)
             slope = finish_(z, self.policy.vocabulary)
             extra = regularised.gradient(z, self.targets[rows], rows, block)
             torch.softmax(z, dim=-1, out=z)

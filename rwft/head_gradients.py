@@ -29,21 +29,25 @@ class Gradients:
 
     @classmethod
     def like(cls, hidden: Tensor, vocabulary: Vocabulary, exact: torch.dtype, once: bool) -> Gradients:
-        """Zeros for what requires a gradient, if gradients are enabled.
+        """Room for what requires a gradient, if gradients are enabled; only that of the bias begins with zeros.
 
         What more than one chunk adds to (not `once`) is summed in precision `exact`.
         """
 
-        def zeros(like: Tensor | None, dtype: torch.dtype, most: int) -> list[Tensor] | None:
+        def room(like: Tensor | None, dtype: torch.dtype, most: int) -> list[Tensor] | None:
             if like is None or not like.requires_grad or not torch.is_grad_enabled():
                 return None
-            return [torch.zeros_like(tile, dtype=dtype) for tile in like.detach().split(most)]
+            return [torch.empty_like(tile, dtype=dtype) for tile in like.detach().split(most)]
 
         size, weight = vocabulary.size, vocabulary.weight
         summed = weight.dtype if once else exact
-        (x,) = zeros(hidden, hidden.dtype, max(1, hidden.shape[0])) or [None]
-        (bias,) = zeros(vocabulary.bias, exact, size) or [None]
-        return cls(x, zeros(weight, summed, size if weight.dtype == summed else TILE), bias)
+        (x,) = room(hidden, hidden.dtype, max(1, hidden.shape[0])) or [None]
+        (bias,) = room(vocabulary.bias, exact, size) or [None]
+        tiles = room(weight, summed, size if weight.dtype == summed else TILE)
+        for tensor in (bias, *(tiles or () if hidden.shape[0] == 0 else ())):
+            if tensor is not None:
+                tensor.zero_()
+        return cls(x, tiles, bias)
 
     @property
     def frozen(self) -> bool:
@@ -65,10 +69,10 @@ class Dense:
         """`(v h) -> (k h)`."""
         return self.products @ weight
 
-    def add_by_weight(self, tiles: list[Tensor], fx: Tensor) -> None:
-        """`(k h)`: adds to the gradient of the weight, given hidden states times their factors."""
+    def add_by_weight(self, tiles: list[Tensor], fx: Tensor, *, first: bool) -> None:
+        """`(k h)`: adds to the gradient of the weight, given hidden states times factors; begins it if `first`."""
         for tile, columns in zip(tiles, self.products.split(len(tiles[0]), dim=1), strict=True):
-            accumulate_(tile, columns, fx)
+            accumulate_(tile, columns, fx, first=first)
 
     def add_by_bias(self, bias: Tensor, factor: Tensor) -> None:
         """`(v), (k)`: adds to the gradient of the bias."""

@@ -88,22 +88,24 @@ class Sampled:
         values = torch.cat(self.values).to(weight.dtype)
         return embedding_bag(torch.cat(self.tokens), weight, mode="sum", per_sample_weights=values)
 
-    def add_by_weight(self, tiles: list[Tensor], fx: Tensor) -> None:
-        """`(k h)`: adds to the gradient of the weight, token by token, given hidden states times their factors."""
+    def add_by_weight(self, tiles: list[Tensor], fx: Tensor, *, first: bool) -> None:
+        """`(k h)`: as `Dense.add_by_weight`, token by token."""
         tokens, order = torch.cat(self.tokens).flatten().sort()
         values = torch.cat(self.values).flatten()[order].to(fx.dtype)
         positions = order // self.tokens[0].shape[1]
-        first = 0  # token of the tile's first row
+        above = 0  # rows of the tiles before this one
         for tile in tiles:
+            if first:
+                tile.zero_()
             for rows in equal_slices(0, len(tile), PIECE):
                 start, stop = torch.searchsorted(
-                    tokens, tokens.new_tensor([first + rows.start, first + rows.stop])
+                    tokens, tokens.new_tensor([above + rows.start, above + rows.stop])
                 ).tolist()
                 found, counts = tokens[start:stop].unique_consecutive(return_counts=True)
                 bags = counts.cumsum(0) - counts
                 sums = embedding_bag(positions[start:stop], fx, bags, mode="sum", per_sample_weights=values[start:stop])
-                tile.index_add_(0, found - first, sums.to(tile.dtype))
-            first += len(tile)
+                tile.index_add_(0, found - above, sums.to(tile.dtype))
+            above += len(tile)
 
     def add_by_bias(self, bias: Tensor, factor: Tensor) -> None:
         """`(v), (k)`: adds to the gradient of the bias."""

@@ -22,9 +22,9 @@ from rwft.softmax import (
     Vocabulary,
     accumulate_,
     accumulate_rows_,
-    blocks,
     check_shapes,
     equal_slices,
+    exact_blocks,
     finish_,
     multiply_,
     precision,
@@ -145,8 +145,7 @@ class _Tiles:
 
     def logits(self, products: Tensor, columns: slice) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """`(v k)`: block by block where it lies, the logits `(r k)` and the slope of their cap."""
-        for block in blocks(products):
-            z = products[block].to(self.exact)
+        for block, z in exact_blocks(products, self.exact):
             slope = finish_(z.T, self.vocabulary.tile(within(columns, block)))
             yield block, z, None if slope is None else slope.T
 
@@ -209,7 +208,9 @@ class _Tiles:
         at_target = known.logp[rows].expm1()  # p - 1, exact where p is close to one
         if (cap := self.vocabulary.softcap) is not None:
             at_target *= 1 - ((known.logp[rows] + top + log_sum) / cap).square()
-        products.scatter_(0, place, at_target.to(products.dtype).where(inside, products.gather(0, place)))
+        value = at_target.to(products.dtype).where(inside, products.gather(0, place))[0]
+        every = torch.arange(products.shape[1], device=products.device)
+        products.index_put_((place[0], every), value)  # on a CPU, scatter_ copies bfloat16 tensors as a whole
 
 
 def _begin(total: Tensor | None, columns: slice, exact: torch.dtype) -> Tensor | None:

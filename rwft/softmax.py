@@ -138,6 +138,19 @@ def blocks(logits: Tensor) -> Iterator[slice]:
     return equal_slices(0, logits.shape[0], max(1, most // (4 * logits.shape[1])))
 
 
+def exact_blocks(products: Tensor, exact: torch.dtype, *, keep: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Block by block of `(k v)`, its rows in precision `exact`: where they lie if they may be changed there.
+
+    Else (`keep`, or another precision) each is copied over the last: memory mapped anew costs more than the copy.
+    """
+    parts, copied = list(blocks(products)), keep or products.dtype != exact
+    most = max((part.stop - part.start for part in parts), default=0)
+    scratch = products.new_empty((most, products.shape[1]), dtype=exact) if copied else None
+    for block in parts:
+        z = products[block]
+        yield block, z if scratch is None else scratch[: len(z)].copy_(z)
+
+
 def within(rows: slice, part: slice) -> slice:
     """The slice `part` of `rows`, counted as `rows` is."""
     return slice(rows.start + part.start, rows.start + part.stop)
@@ -222,13 +235,20 @@ def store_(products: Tensor, block: slice, z: Tensor, slope: Tensor | None) -> N
         products[block] = z
 
 
-def accumulate_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`(m n), (k m), (k n) -> (m n)`: `total += left.T @ right`, summed as exactly as `total` can, tile by tile."""
+def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, first: bool = False) -> None:
+    """`(m n), (k m), (k n) -> (m n)`: `total += left.T @ right`, summed as exactly as `total` can, tile by tile.
+
+    The `first` product overwrites what was there.
+    """
     if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
+        total.addmm_(left.T, right, beta=0 if first else 1)
         return
     for rows in equal_slices(0, total.shape[0], 4096):
-        total[rows] += left[:, rows].T @ right
+        product = left[:, rows].T @ right
+        if first:
+            total[rows] = product
+        else:
+            total[rows] += product
 
 
 def accumulate_rows_(total: Tensor, rows: Tensor, factor: Tensor) -> None:

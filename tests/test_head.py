@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwft.errors import ObjectiveError, PolicyError, RwftError
-from rwft.head import Vocabulary, chunk_rows, cut, distribution_signals, token_logprobs, weighted_loss
+from rwft.head import Draws, Vocabulary, chunk_rows, cut, distribution_signals, token_logprobs, weighted_loss
 from rwft.regularizers import build_regularizers
 
 N, H, V = 23, 16, 37
@@ -268,6 +268,35 @@ def test_no_position_at_all(frozen: bool) -> None:
         assert leaf.grad.shape == leaf.shape
         assert not leaf.grad.any()
     assert distribution_signals(p.x, p.vocabulary, p.y, ["top1"])["top1"].shape == (0,)
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """What `torch.empty` gives holds nan instead of whatever was there."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("n", [0, N])
+@pytest.mark.parametrize("sampled", [False, True], ids=["exact", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("segments", [None, "whole"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_no_gradient_begins_with_what_memory_held(
+    n: int, sampled: bool, dtype: torch.dtype, segments: str | None, budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwft.head_gradients.TILE", 5)
+    p = problem(dtype, n=n, bias=True)
+    draws = Draws(torch.Generator().manual_seed(0), 10) if sampled else None
+    lengths = None if segments is None else [n]
+    options = {"segments": lengths, "budget": budget, "sampled": draws}
+    weighted_loss(p.x, p.vocabulary, p.y, lambda s, _: s["logp"].exp(), **options).loss.backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in p.leaves)
+    token_logprobs(p.x, p.w, p.y, bias=p.b, budget=budget).sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in p.leaves)
 
 
 @pytest.mark.parametrize("trained", ["x", "w", "b"])
