@@ -49,7 +49,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt --no-build-isolation torch==2.13.0 -e '.[dev]'
 	touch $@
 
-# For its tests alone: Accelerate imports it wherever it is installed, and it has something to say each time.
+# For tests alone. Accelerate imports DeepSpeed wherever it is installed, which has something to say each time; Triton,
+# whose interpreter runs the GPU's kernel without a GPU, is large.
 $(ENGINES): $(STAMP)
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[deepspeed]' || echo "no DeepSpeed: its tests are skipped"
+	$(PIP) install -c constraints.txt triton || echo "no Triton: its tests are skipped"
 	touch $@

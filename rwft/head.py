@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rwft.errors import ObjectiveError, PolicyError
 from rwft.head_gradients import Dense, GivenGradients, Gradients
+from rwft.head_kernel import SoftmaxRows, softmax_kernel
 from rwft.head_sampled import Draws, Sampled
 from rwft.head_tiled import token_logprobs
 from rwft.regularizers import Penalty, differentiate
@@ -39,6 +40,8 @@ from rwft.softmax import (
 __all__ = ["Draws", "HeadResult", "Vocabulary", "distribution_signals", "token_logprobs", "weighted_loss"]
 
 MIN_BUDGET, MAX_BUDGET = 80 << 20, 256 << 20  # bytes of a chunk of logits; in between, a quarter of the gradients
+GPU_ROOM = 1 << 30  # bytes beside the gradients on a GPU, which only large chunks keep busy
+LOGP = frozenset({"logp"})  # signals that a kernel measures
 Weigh = Callable[[dict[str, Tensor], slice], Tensor]
 Reference = tuple[Tensor, Vocabulary]
 
@@ -93,9 +96,11 @@ def weighted_loss(
     policy = Projection.of(hidden, vocabulary, most)
     regularised = _Regularised.begin(penalties, penalty_scale, reference, policy, most) if penalties else None
     once = len(groups) <= 1 and hidden.shape[0] <= most
-    gradients = Gradients.like(hidden, vocabulary, policy.exact, once)
+    summed = vocabulary.weight.dtype if once else precision_of_sums(hidden, vocabulary)
+    gradients = Gradients.like(hidden, vocabulary, policy.exact, summed)
+    kernel = softmax_kernel(hidden.device, policy.exact)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(policy, targets, signals, most, gradients, regularised, sampled)
+        head = _Head(policy, targets, signals, most, gradients, kernel, regularised, sampled)
         measured = merge([head.descend(rows, weigh) for rows in groups] or [head.nothing("coefficients")])
         coefficients = measured.pop("coefficients")
         value = -(coefficients * measured["logp"]).sum()
@@ -119,21 +124,42 @@ def distribution_signals(
     most = chunk_rows(hidden, vocabulary, None, budget)
     policy = Projection.of(hidden, vocabulary, most)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(policy, targets, names, most, Gradients())
+        head = _Head(policy, targets, names, most, Gradients(), softmax_kernel(hidden.device, policy.exact))
         measured = merge([head.measure(rows) for rows in equal_slices(0, hidden.shape[0], most)] or [head.nothing()])
     return {name: measured[name] for name in names}
 
 
+def gpu_room(device: torch.device) -> int | None:
+    """Bytes that a head may take beside the gradients on a GPU, at most a 32nd of its memory; None on a CPU."""
+    return min(GPU_ROOM, torch.cuda.get_device_properties(device).total_memory // 32) if device.type == "cuda" else None
+
+
+def precision_of_sums(hidden: Tensor, vocabulary: Vocabulary) -> torch.dtype:
+    """Of the weight's gradient over chunks: exact, but the weight's own on a GPU that has no room for exact sums.
+
+    Its chunks are few there, and each rounds the sum once.
+    """
+    weight, exact = vocabulary.weight, precision(hidden, vocabulary.weight).exact
+    room = gpu_room(hidden.device)
+    crowded = room is not None and weight.dtype != exact and weight.numel() * exact.itemsize > room
+    return weight.dtype if crowded else exact
+
+
 def chunk_rows(hidden: Tensor, vocabulary: Vocabulary, reference: Reference | None, budget: int | None) -> int:
-    """Rows of logits that fit `budget` bytes; by default a quarter of what the gradients take, within 80 to 256 MiB."""
-    sums = precision(hidden, vocabulary.weight).exact.itemsize  # low precision is summed in float32
+    """Rows of logits that fit `budget` bytes.
+
+    By default a quarter of what the gradients take, within 80 to 256 MiB; on a GPU `gpu_room` less what sums take.
+    """
+    sums = precision_of_sums(hidden, vocabulary).itemsize  # low precision is summed in float32
     outputs = (hidden.numel() + vocabulary.weight.numel()) * sums
     projections = [(hidden, vocabulary)] if reference is None else [(hidden, vocabulary), reference]
     row = sum(v.size * precision(x, v.weight).product.itemsize for x, v in projections)
     if budget is None:
         spared = vocabulary.weight.numel() * (sums - vocabulary.weight.itemsize)  # one chunk needs no such sum
         whole = row * hidden.shape[0] if vocabulary.weight.requires_grad else 0
-        budget = whole if 0 < whole <= spared else min(max(outputs // 4, MIN_BUDGET), MAX_BUDGET)
+        room = gpu_room(hidden.device)
+        usual = min(max(outputs // 4, MIN_BUDGET), MAX_BUDGET) if room is None else room - spared
+        budget = whole if 0 < whole <= spared else usual
     rows = max(1, budget // row)
     return rows - rows % ALIGNED if ALIGNED < rows < hidden.shape[0] else rows
 
@@ -170,6 +196,7 @@ class _Head:
     names: Sequence[str]
     most: int
     gradients: Gradients
+    kernel: SoftmaxRows | None
     regularised: _Regularised | None = None
     draws: Draws | None = None
 
@@ -205,6 +232,8 @@ class _Head:
     def measure(self, part: slice) -> dict[str, Tensor]:
         """Signals `(k)` of one chunk, which stays in the buffer as products."""
         products = self.policy.products(part)
+        if self.kernel is not None and LOGP.issuperset(self.names):
+            return {"logp": self.kernel(products, self.targets[part], self.policy.vocabulary, gradient=False)}
         found = []
         for block, z in exact_blocks(products, self.policy.exact, keep=True):
             finish_(z, self.policy.vocabulary)
@@ -214,13 +243,16 @@ class _Head:
     def unit(self, part: slice, names: Sequence[str]) -> tuple[dict[str, Tensor], Dense | Sampled]:
         """Signals `(k)` of one chunk; gradients by products and hidden states, left for coefficients of one."""
         products = self.policy.products(part)
-        by_products = Dense(products) if self.draws is None else Sampled(self.draws)
-        found = []
-        for block, z in exact_blocks(products, self.policy.exact):
-            slope = finish_(z, self.policy.vocabulary)
-            targets = self.targets[within(part, block)]
-            found.append(measure_(z, targets, names))
-            by_products.take(block, z, targets, slope)
+        by_products, found = Dense(products) if self.draws is None else Sampled(self.draws), []
+        if self.kernel is not None and self.draws is None and LOGP.issuperset(names):
+            targets, vocabulary = self.targets[part], self.policy.vocabulary
+            found = [{"logp": self.kernel(products, targets, vocabulary, gradient=True)}]
+        else:
+            for block, z in exact_blocks(products, self.policy.exact):
+                slope = finish_(z, self.policy.vocabulary)
+                targets = self.targets[within(part, block)]
+                found.append(measure_(z, targets, names))
+                by_products.take(block, z, targets, slope)
         if self.gradients.hidden is not None:
             self.gradients.hidden[part] = by_products.by_hidden(self.policy.vocabulary.weight)
         return merge(found), by_products

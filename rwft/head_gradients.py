@@ -28,10 +28,10 @@ class Gradients:
     bias: Tensor | None = None
 
     @classmethod
-    def like(cls, hidden: Tensor, vocabulary: Vocabulary, exact: torch.dtype, once: bool) -> Gradients:
+    def like(cls, hidden: Tensor, vocabulary: Vocabulary, exact: torch.dtype, summed: torch.dtype) -> Gradients:
         """Room for what requires a gradient, if gradients are enabled; only that of the bias begins with zeros.
 
-        What more than one chunk adds to (not `once`) is summed in precision `exact`.
+        That of the weight is kept in precision `summed`, that of the bias in `exact`.
         """
 
         def room(like: Tensor | None, dtype: torch.dtype, most: int) -> list[Tensor] | None:
@@ -40,10 +40,10 @@ class Gradients:
             return [torch.empty_like(tile, dtype=dtype) for tile in like.detach().split(most)]
 
         size, weight = vocabulary.size, vocabulary.weight
-        summed = weight.dtype if once else exact
         (x,) = room(hidden, hidden.dtype, max(1, hidden.shape[0])) or [None]
         (bias,) = room(vocabulary.bias, exact, size) or [None]
-        tiles = room(weight, summed, size if weight.dtype == summed else TILE)
+        whole = weight.dtype == summed or weight.is_cuda  # a GPU has to hold the whole result at once anyway
+        tiles = room(weight, summed, size if whole else TILE)
         for tensor in (bias, *(tiles or () if hidden.shape[0] == 0 else ())):
             if tensor is not None:
                 tensor.zero_()
@@ -104,7 +104,8 @@ class GivenGradients(torch.autograd.Function):
 def _hand_over(tiles: list[Tensor], upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """The tiles, emptied one by one, times the upstream scalar as one tensor of `dtype`."""
     if len(tiles) == 1:
-        return tiles.pop().mul_(upstream).to(dtype)
+        tile = tiles.pop()
+        return torch.mul(tile, upstream, out=tile if tile.dtype == dtype else torch.empty_like(tile, dtype=dtype))
     stop = sum(len(tile) for tile in tiles)
     whole = tiles[0].new_empty(stop, *tiles[0].shape[1:], dtype=dtype)
     while tiles:

@@ -240,8 +240,12 @@ def accumulate_(total: Tensor, left: Tensor, right: Tensor, *, first: bool = Fal
 
     The `first` product overwrites what was there.
     """
+    beta = 0 if first else 1
     if total.dtype == left.dtype:
-        total.addmm_(left.T, right, beta=0 if first else 1)
+        total.addmm_(left.T, right, beta=beta)
+        return
+    if total.is_cuda and torch.version.hip is None:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, beta=beta, out=total)
         return
     for rows in equal_slices(0, total.shape[0], 4096):
         product = left[:, rows].T @ right

@@ -22,6 +22,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, once
 ROOT = Path(__file__).resolve().parents[1]
 
 
