@@ -24,7 +24,7 @@ def machine(peers: str) -> str:
     """One line: processor, threads, versions."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     versions = [f"{name} {version(name, peers)}" for name in PACKAGES]
-    name, threads = cpu[1] if cpu else platform.processor(), os.environ.get("OMP_NUM_THREADS", "all")
+    name, threads = cpu[1] if cpu else platform.processor(), os.environ["OMP_NUM_THREADS"]
     python = f"Python {platform.python_version()}"
     return f"{name}, {os.cpu_count()} cores, {threads} thread(s); {python}, {', '.join(versions)}"
 
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--only", choices=BENCHMARKS, nargs="*", default=list(BENCHMARKS))
     parser.add_argument("--peers", default=sys.executable, help="the Python of the environment that has the peers")
     given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     page = PAGE.read_text(encoding="utf-8")
     for name in given.only:
         tables = run(name, given.peers)
