@@ -34,38 +34,45 @@ class Draws:
         if self.count < 1:
             raise ObjectiveError(f"head: sampled: found {self.count} draws, expected a whole number >= 1")
 
-    def of(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, p: Tensor, targets: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`(r v), (r) -> (r m), (r m), (r 1)`: tokens other than the target, their values, and what all others sum to.
 
-        Overwrites `p`. A token that was drawn twice counts once. Sums are float64: a float32 sum
-        would pass over the probabilities of rare tokens.
+        Overwrites `p`, and `room`, float64 memory for all of it that is mapped once for many calls. A token that was
+        drawn twice counts once. Sums are float64: a float32 sum would pass over the probabilities of rare tokens.
         """
         p.scatter_(1, targets[:, None], 0.0)
-        runs = _sum_runs(p).cumsum_(dim=1)
-        rest = runs[:, -1:].clone()
+        runs = _in_runs(p, room_for(p) if room is None else room)
+        sums = runs.sum(dim=2).cumsum_(dim=1)
+        rest = sums[:, -1:].clone()
         start = torch.rand(len(p), 1, generator=self.generator, dtype=torch.float64, device=p.device)
         steps = torch.arange(self.count, dtype=torch.float64, device=p.device)
-        tokens = _find(p, runs, (start + steps) / self.count * rest)
+        tokens = _find(runs, sums, (start + steps) / self.count * rest).clamp_(max=p.shape[1] - 1)
         values = torch.maximum(p.gather(1, tokens), (rest / self.count).to(p.dtype))
         values[:, 1:].masked_fill_(tokens[:, 1:] == tokens[:, :-1], 0.0)
         return tokens, values, rest
 
 
-def _sum_runs(p: Tensor) -> Tensor:
-    """`(r v) -> (r v/RUN)`: sums of consecutive probabilities, in float64."""
-    whole = p.shape[1] - p.shape[1] % RUN
-    sums = p[:, :whole].unflatten(1, (-1, RUN)).sum(dim=2, dtype=torch.float64)
-    return torch.cat([sums, p[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64)], dim=1)
+def room_for(p: Tensor) -> Tensor:
+    """`(r v) -> (r k RUN)`: float64 memory for whole runs of the vocabulary."""
+    return p.new_empty((p.shape[0], -(-p.shape[1] // RUN), RUN), dtype=torch.float64)
 
 
-def _find(p: Tensor, runs: Tensor, points: Tensor) -> Tensor:
-    """`(r v), (r v/RUN), (r m) -> (r m)`: the tokens whose intervals of the cumulated probabilities hold the points."""
-    run = torch.searchsorted(runs, points, right=True).clamp_(max=runs.shape[1] - 1)
-    before = runs.gather(1, (run - 1).clamp_(min=0)).masked_fill_(run == 0, 0.0)
-    tokens = run[:, :, None] * RUN + torch.arange(RUN, device=p.device)
-    inside = p.gather(1, tokens.clamp(max=p.shape[1] - 1).flatten(1)).view(tokens.shape).double()
-    passed = (inside.masked_fill_(tokens >= p.shape[1], 0.0).cumsum_(dim=2) <= (points - before)[:, :, None]).sum(dim=2)
-    return (run * RUN + passed.clamp_(max=RUN - 1)).clamp_(max=p.shape[1] - 1)
+def _in_runs(p: Tensor, room: Tensor) -> Tensor:
+    """`(r v) -> (r k RUN)`: a copy in float64, with zeros behind the last token."""
+    runs, size = room[: p.shape[0]], p.shape[1]
+    flat = runs.flatten(1)
+    flat[:, :size] = p
+    flat[:, size:] = 0.0
+    return runs
+
+
+def _find(runs: Tensor, sums: Tensor, points: Tensor) -> Tensor:
+    """`(r k RUN), (r k), (r m) -> (r m)`: the tokens whose intervals of the cumulated probabilities hold the points."""
+    run = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)
+    before = sums.gather(1, (run - 1).clamp_(min=0)).masked_fill_(run == 0, 0.0)
+    ends = runs.gather(1, run[:, :, None].expand(-1, -1, RUN)).cumsum_(dim=2)
+    passed = (ends <= (points - before)[:, :, None]).sum(dim=2)
+    return run * RUN + passed.clamp_(max=RUN - 1)
 
 
 @dataclass
@@ -75,10 +82,13 @@ class Sampled:
     draws: Draws
     tokens: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    room: Tensor | None = None
 
     def take(self, block: slice, p: Tensor, targets: Tensor, slope: Tensor | None) -> None:
         """`(r v), (r), (r v)`: the block's probabilities, on their way to minus the gradient of `logp`."""
-        drawn, worth, rest = self.draws.of(p, targets)
+        if self.room is None or len(self.room) < len(p):
+            self.room = room_for(p)
+        drawn, worth, rest = self.draws.of(p, targets, self.room)
         tokens, values = torch.cat([drawn, targets[:, None]], dim=1), torch.cat([worth, -rest.to(p.dtype)], dim=1)
         self.tokens.append(tokens)
         self.values.append(values if slope is None else values * slope.gather(1, tokens))
