@@ -18,7 +18,8 @@ from rwft.errors import PolicyError
 from rwft.head import Vocabulary, chunk_rows, distribution_signals, precision_of_sums, weighted_loss
 from rwft.regularizers import build_regularizers
 
-pytest.importorskip("triton", reason="Triton is not installed")
+# The interpreter of older ones fails with newer NumPy; a GPU needs none.
+pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9", reason="no Triton >= 3.9")
 from rwft.head_fused import softmax_rows_
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
