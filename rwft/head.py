@@ -83,26 +83,30 @@ def weighted_loss(
     read it. `sampled` estimates the gradients from draws of the vocabulary (see `rwft.head_sampled`);
     penalties need them exact. `budget` is the workspace in bytes. Where gradients are disabled, none are made.
 
-    A group that fits the workspace, or any group if the projection is frozen, takes one pass; else,
-    and with penalties, log-probabilities come first and gradients second. Raises PolicyError for
-    shapes or targets that do not fit, ObjectiveError for unknown signals or wrong coefficients.
+    A group that fits the workspace, or any group if the projection is frozen or the gradients are
+    sampled, takes one pass; else, and with penalties, log-probabilities come first and gradients
+    second. Raises PolicyError for shapes or targets that do not fit, ObjectiveError for unknown
+    signals or wrong coefficients.
     """
     check_shapes(hidden, vocabulary, targets)
     check_signals(signals)
     if sampled is not None and penalties:
         raise ObjectiveError(f"head: sampled gradients know no penalties, but '{penalties[0].name}' is given; drop one")
-    most = chunk_rows(hidden, vocabulary, reference, budget)
+    most = chunk_rows(hidden, vocabulary, reference, budget, sampled is not None)
     groups = cut(segments, hidden.shape[0], most)
     policy = Projection.of(hidden, vocabulary, most)
     regularised = _Regularised.begin(penalties, penalty_scale, reference, policy, most) if penalties else None
     once = len(groups) <= 1 and hidden.shape[0] <= most
-    summed = vocabulary.weight.dtype if once else precision_of_sums(hidden, vocabulary)
+    summed = vocabulary.weight.dtype if once else precision_of_sums(hidden, vocabulary, sampled is not None)
     gradients = Gradients.like(hidden, vocabulary, policy.exact, summed)
     kernel = softmax_kernel(hidden.device, policy.exact)
+    drawn = None if sampled is None else Sampled.room(sampled, targets, policy.exact)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(policy, targets, signals, most, gradients, kernel, regularised, sampled)
+        head = _Head(policy, targets, signals, most, gradients, kernel, regularised, drawn)
         measured = merge([head.descend(rows, weigh) for rows in groups] or [head.nothing("coefficients")])
         coefficients = measured.pop("coefficients")
+        if drawn is not None:
+            head.finish(coefficients, drawn)
         value = -(coefficients * measured["logp"]).sum()
         if regularised is not None:
             value += regularised.loss()
@@ -134,23 +138,25 @@ def gpu_room(device: torch.device) -> int | None:
     return min(GPU_ROOM, torch.cuda.get_device_properties(device).total_memory // 32) if device.type == "cuda" else None
 
 
-def precision_of_sums(hidden: Tensor, vocabulary: Vocabulary) -> torch.dtype:
+def precision_of_sums(hidden: Tensor, vocabulary: Vocabulary, sampled: bool = False) -> torch.dtype:
     """Of the weight's gradient over chunks: exact, but the weight's own on a GPU that has no room for exact sums.
 
-    Its chunks are few there, and each rounds the sum once.
+    Its chunks are few there, and each rounds the sum once. That of `sampled` gradients is written once for all chunks.
     """
     weight, exact = vocabulary.weight, precision(hidden, vocabulary.weight).exact
     room = gpu_room(hidden.device)
     crowded = room is not None and weight.dtype != exact and weight.numel() * exact.itemsize > room
-    return weight.dtype if crowded else exact
+    return weight.dtype if crowded or sampled else exact
 
 
-def chunk_rows(hidden: Tensor, vocabulary: Vocabulary, reference: Reference | None, budget: int | None) -> int:
+def chunk_rows(
+    hidden: Tensor, vocabulary: Vocabulary, reference: Reference | None, budget: int | None, sampled: bool = False
+) -> int:
     """Rows of logits that fit `budget` bytes.
 
     By default a quarter of what the gradients take, within 80 to 256 MiB; on a GPU `gpu_room` less what sums take.
     """
-    sums = precision_of_sums(hidden, vocabulary).itemsize  # low precision is summed in float32
+    sums = precision_of_sums(hidden, vocabulary, sampled).itemsize  # low precision is summed in float32
     outputs = (hidden.numel() + vocabulary.weight.numel()) * sums
     projections = [(hidden, vocabulary)] if reference is None else [(hidden, vocabulary), reference]
     row = sum(v.size * precision(x, v.weight).product.itemsize for x, v in projections)
@@ -198,12 +204,12 @@ class _Head:
     gradients: Gradients
     kernel: SoftmaxRows | None
     regularised: _Regularised | None = None
-    draws: Draws | None = None
+    sampled: Sampled | None = None
 
     def descend(self, rows: slice, weigh: Weigh) -> dict[str, Tensor]:
         """Signals and coefficients, `(k)` each, of one group; its gradients go where they gather."""
         parts = list(equal_slices(rows.start, rows.stop, self.most))
-        if self.regularised is None and (len(parts) == 1 or self.gradients.frozen):
+        if self.regularised is None and (len(parts) == 1 or self.gradients.frozen or self.sampled is not None):
             found = [self.unit(part, self.names) for part in parts]
             measured = merge([signals for signals, _ in found])
             c = self.coefficients(weigh, measured, rows)
@@ -243,8 +249,8 @@ class _Head:
     def unit(self, part: slice, names: Sequence[str]) -> tuple[dict[str, Tensor], Dense | Sampled]:
         """Signals `(k)` of one chunk; gradients by products and hidden states, left for coefficients of one."""
         products = self.policy.products(part)
-        by_products, found = Dense(products) if self.draws is None else Sampled(self.draws), []
-        if self.kernel is not None and self.draws is None and LOGP.issuperset(names):
+        by_products, found = Dense(products) if self.sampled is None else self.sampled.part(part), []
+        if self.kernel is not None and self.sampled is None and LOGP.issuperset(names):
             targets, vocabulary = self.targets[part], self.policy.vocabulary
             found = [{"logp": self.kernel(products, targets, vocabulary, gradient=True)}]
         else:
@@ -258,20 +264,35 @@ class _Head:
         return merge(found), by_products
 
     def scale(self, rows: slice, c: Tensor, by_products: Dense | Sampled) -> None:
-        """Coefficients for what `unit` left: the gradient is linear in them. `by_products` is unused if frozen."""
+        """Coefficients for what `unit` left: the gradient is linear in them.
+
+        `by_products` is unused if frozen; what was sampled waits for all coefficients.
+        """
         factor = c * self.policy.vocabulary.scale
         if self.gradients.hidden is not None:
             self.gradients.hidden[rows] *= factor[:, None]
-        self.project(rows, factor, by_products)
+        if isinstance(by_products, Dense):
+            self.project(rows, factor, by_products)
 
-    def project(self, rows: slice, factor: Tensor, by_products: Dense | Sampled) -> None:
+    def project(self, rows: slice, factor: Tensor, by_products: Dense) -> None:
         """`(k)`: adds the gradients of weight and bias, given those by products."""
         if self.gradients.weight is not None:
-            x = self.policy.x[rows]
-            fx = (x * factor[:, None]).to(x.dtype)
-            by_products.add_by_weight(self.gradients.weight, fx, first=rows.start == 0)
+            by_products.add_by_weight(self.gradients.weight, self.weighted(rows, factor), first=rows.start == 0)
         if self.gradients.bias is not None:
             by_products.add_by_bias(self.gradients.bias, factor)
+
+    def finish(self, c: Tensor, sampled: Sampled) -> None:
+        """`(n)`: the gradients of weight and bias from what was sampled at all positions."""
+        factor = c * self.policy.vocabulary.scale
+        if self.gradients.weight is not None:
+            sampled.write_by_weight(self.gradients.weight, self.weighted(slice(None), factor))
+        if self.gradients.bias is not None:
+            sampled.add_by_bias(self.gradients.bias, factor)
+
+    def weighted(self, rows: slice, factor: Tensor) -> Tensor:
+        """`(k) -> (k h)`: hidden states times their factors."""
+        x = self.policy.x[rows]
+        return (x * factor[:, None]).to(x.dtype)
 
     def learn(self, part: slice, c: Tensor, regularised: _Regularised, at_hand: bool) -> None:
         """All gradients of one chunk with penalties; `at_hand`: its products are in the buffer."""

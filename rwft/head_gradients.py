@@ -105,6 +105,8 @@ def _hand_over(tiles: list[Tensor], upstream: Tensor, dtype: torch.dtype) -> Ten
     """The tiles, emptied one by one, times the upstream scalar as one tensor of `dtype`."""
     if len(tiles) == 1:
         tile = tiles.pop()
+        if tile.dtype == dtype and upstream.device.type == "cpu" and upstream.item() == 1.0:
+            return tile  # a pass over it saved; on a GPU the question itself would cost more
         return torch.mul(tile, upstream, out=tile if tile.dtype == dtype else torch.empty_like(tile, dtype=dtype))
     stop = sum(len(tile) for tile in tiles)
     whole = tiles[0].new_empty(stop, *tiles[0].shape[1:], dtype=dtype)

@@ -10,7 +10,7 @@ Log-probabilities, signals and coefficients stay exact. Of the three matrix prod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch.nn.functional import embedding_bag
 from rwft.errors import ObjectiveError
 from rwft.softmax import equal_slices
 
-PIECE = 8192  # rows of the projection that are summed at once
-RUN = 32  # tokens whose probabilities are summed before a draw looks among them
+PIECE = 2048  # rows of the projection that are summed at once, while they are in the cache
+RUN = 16  # tokens whose probabilities are summed before a draw looks among them
 
 
 @dataclass(frozen=True)
@@ -34,89 +34,100 @@ class Draws:
         if self.count < 1:
             raise ObjectiveError(f"head: sampled: found {self.count} draws, expected a whole number >= 1")
 
-    def of(self, p: Tensor, targets: Tensor, room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def of(self, p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(r v), (r) -> (r m), (r m), (r 1)`: tokens other than the target, their values, and what all others sum to.
 
-        Overwrites `p`, and `room`, float64 memory for all of it that is mapped once for many calls. A token that was
-        drawn twice counts once. Sums are float64: a float32 sum would pass over the probabilities of rare tokens.
+        Overwrites `p`. A token that was drawn twice counts once.
         """
         p.scatter_(1, targets[:, None], 0.0)
-        runs = _in_runs(p, room_for(p) if room is None else room)
-        sums = runs.sum(dim=2).cumsum_(dim=1)
-        rest = sums[:, -1:].clone()
+        sums = _sum_runs(p)
+        ends = sums.cumsum(dim=1, dtype=torch.float64)  # a float32 sum would pass over rare tokens
+        rest = ends[:, -1:]
         start = torch.rand(len(p), 1, generator=self.generator, dtype=torch.float64, device=p.device)
         steps = torch.arange(self.count, dtype=torch.float64, device=p.device)
-        tokens = _find(runs, sums, (start + steps) / self.count * rest).clamp_(max=p.shape[1] - 1)
+        tokens = _find(p, sums, ends, (start + steps) / self.count * rest)
         values = torch.maximum(p.gather(1, tokens), (rest / self.count).to(p.dtype))
         values[:, 1:].masked_fill_(tokens[:, 1:] == tokens[:, :-1], 0.0)
         return tokens, values, rest
 
 
-def room_for(p: Tensor) -> Tensor:
-    """`(r v) -> (r k RUN)`: float64 memory for whole runs of the vocabulary."""
-    return p.new_empty((p.shape[0], -(-p.shape[1] // RUN), RUN), dtype=torch.float64)
+def _sum_runs(p: Tensor) -> Tensor:
+    """`(r v) -> (r k)`: sums of at most RUN tokens each, every k-th: neighbours in memory go to neighbouring sums."""
+    k = -(-p.shape[1] // RUN)
+    whole = p.shape[1] // k * k
+    sums = p[:, :whole].unflatten(1, (-1, k)).sum(dim=1)
+    sums[:, : p.shape[1] - whole] += p[:, whole:]
+    return sums
 
 
-def _in_runs(p: Tensor, room: Tensor) -> Tensor:
-    """`(r v) -> (r k RUN)`: a copy in float64, with zeros behind the last token."""
-    runs, size = room[: p.shape[0]], p.shape[1]
-    flat = runs.flatten(1)
-    flat[:, :size] = p
-    flat[:, size:] = 0.0
-    return runs
+def _find(p: Tensor, sums: Tensor, ends: Tensor, points: Tensor) -> Tensor:
+    """`(r v), (r k), (r k), (r m) -> (r m)`: the tokens whose intervals hold the points, run after run.
+
+    `ends` cumulates `sums`. A run's interval is shared out among its tokens in float64, so that its sum loses none.
+    """
+    size, k = p.shape[1], sums.shape[1]
+    run = torch.searchsorted(ends, points, right=True).clamp_(max=k - 1)
+    before = ends.gather(1, (run - 1).clamp_(min=0)).masked_fill_(run == 0, 0.0)
+    tokens = run[:, :, None] + torch.arange(0, size, k, device=p.device)
+    heights = p.gather(1, tokens.clamp(max=size - 1).flatten(1)).view(tokens.shape).double()
+    if size % k:
+        heights.masked_fill_(tokens >= size, 0.0)
+    heights.cumsum_(dim=2)
+    shares = (points - before) / sums.gather(1, run) * heights[:, :, -1]
+    passed = torch.searchsorted(heights, shares[:, :, None], right=True).clamp_(max=tokens.shape[2] - 1)
+    return tokens.gather(2, passed)[:, :, 0].clamp_(max=size - 1)
 
 
-def _find(runs: Tensor, sums: Tensor, points: Tensor) -> Tensor:
-    """`(r k RUN), (r k), (r m) -> (r m)`: the tokens whose intervals of the cumulated probabilities hold the points."""
-    run = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)
-    before = sums.gather(1, (run - 1).clamp_(min=0)).masked_fill_(run == 0, 0.0)
-    ends = runs.gather(1, run[:, :, None].expand(-1, -1, RUN)).cumsum_(dim=2)
-    passed = (ends <= (points - before)[:, :, None]).sum(dim=2)
-    return run * RUN + passed.clamp_(max=RUN - 1)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Sampled:
-    """The gradient by products of one chunk as `m + 1` tokens per position and their values, `(k m+1)` each."""
+    """The gradient by products as `m + 1` tokens per position and their values, `(n m+1)` each.
+
+    It is small enough to be kept for all positions until their coefficients are known, whatever the chunks of logits.
+    """
 
     draws: Draws
-    tokens: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    room: Tensor | None = None
+    tokens: Tensor
+    values: Tensor
+
+    @classmethod
+    def room(cls, draws: Draws, targets: Tensor, exact: torch.dtype) -> Sampled:
+        """For the positions of `targets`, `(n)`."""
+        tokens = targets.new_empty(len(targets), draws.count + 1)
+        return cls(draws, tokens, torch.empty_like(tokens, dtype=exact))
+
+    def part(self, rows: slice) -> Sampled:
+        return Sampled(self.draws, self.tokens[rows], self.values[rows])
 
     def take(self, block: slice, p: Tensor, targets: Tensor, slope: Tensor | None) -> None:
         """`(r v), (r), (r v)`: the block's probabilities, on their way to minus the gradient of `logp`."""
-        if self.room is None or len(self.room) < len(p):
-            self.room = room_for(p)
-        drawn, worth, rest = self.draws.of(p, targets, self.room)
-        tokens, values = torch.cat([drawn, targets[:, None]], dim=1), torch.cat([worth, -rest.to(p.dtype)], dim=1)
-        self.tokens.append(tokens)
-        self.values.append(values if slope is None else values * slope.gather(1, tokens))
+        drawn, worth, rest = self.draws.of(p, targets)
+        tokens, values = self.tokens[block], self.values[block]
+        torch.cat([drawn, targets[:, None]], dim=1, out=tokens)
+        torch.cat([worth, -rest.to(p.dtype)], dim=1, out=values)
+        if slope is not None:
+            values *= slope.gather(1, tokens)
 
     def by_hidden(self, weight: Tensor) -> Tensor:
-        """`(v h) -> (k h)`."""
-        values = torch.cat(self.values).to(weight.dtype)
-        return embedding_bag(torch.cat(self.tokens), weight, mode="sum", per_sample_weights=values)
+        """`(v h) -> (n h)`."""
+        return embedding_bag(self.tokens, weight, mode="sum", per_sample_weights=self.values.to(weight.dtype))
 
-    def add_by_weight(self, tiles: list[Tensor], fx: Tensor, *, first: bool) -> None:
-        """`(k h)`: as `Dense.add_by_weight`, token by token."""
-        tokens, order = torch.cat(self.tokens).flatten().sort()
-        values = torch.cat(self.values).flatten()[order].to(fx.dtype)
-        positions = order // self.tokens[0].shape[1]
+    def write_by_weight(self, tiles: list[Tensor], fx: Tensor) -> None:
+        """`(n h)`: the gradient of the weight, given hidden states times factors, over what its tiles held."""
+        tokens, order = self.tokens.flatten().sort()
+        values = self.values.flatten()[order].to(fx.dtype)
+        positions = order // self.tokens.shape[1]
         above = 0  # rows of the tiles before this one
         for tile in tiles:
-            if first:
-                tile.zero_()
             for rows in equal_slices(0, len(tile), PIECE):
-                start, stop = torch.searchsorted(
-                    tokens, tokens.new_tensor([above + rows.start, above + rows.stop])
-                ).tolist()
-                found, counts = tokens[start:stop].unique_consecutive(return_counts=True)
-                bags = counts.cumsum(0) - counts
-                sums = embedding_bag(positions[start:stop], fx, bags, mode="sum", per_sample_weights=values[start:stop])
-                tile.index_add_(0, found - above, sums.to(tile.dtype))
+                edges = torch.arange(above + rows.start, above + rows.stop + 1, device=tokens.device)
+                bags = torch.searchsorted(tokens, edges)
+                start, stop = int(bags[0]), int(bags[-1])
+                here = slice(start, stop)
+                tile[rows] = embedding_bag(
+                    positions[here], fx, bags[:-1] - start, mode="sum", per_sample_weights=values[here]
+                )
             above += len(tile)
 
     def add_by_bias(self, bias: Tensor, factor: Tensor) -> None:
-        """`(v), (k)`: adds to the gradient of the bias."""
-        bias.index_add_(0, torch.cat(self.tokens).flatten(), (torch.cat(self.values) * factor[:, None]).flatten())
+        """`(v), (n)`: adds to the gradient of the bias."""
+        bias.index_add_(0, self.tokens.flatten(), (self.values * factor[:, None]).flatten())

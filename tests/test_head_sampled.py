@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwft.errors import ObjectiveError
 from rwft.head import Draws, Vocabulary, weighted_loss
+from rwft.head_sampled import RUN
 from rwft.regularizers import build_regularizers
 
 N, H = 11, 5
@@ -96,25 +97,46 @@ def test_the_target_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rest.item() == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("run", [1, 2, 5, 32])
+@pytest.mark.parametrize("run", [1, 2, 3, 5, 32])
 def test_heavy_tokens_are_exact_and_rare_ones_worth_a_step(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
-    """Of 0.8 beside the target, 4 draws make steps of 0.2: 0.5 and 0.2 always come as they are, the rest as 0.2."""
+    """Of 0.8 beside the target, 4 draws make steps of 0.2: 0.5 and 0.2 always come as they are, the rest as 0.2.
+
+    A rest of 0.06 comes in 3 of 10 steps, one of 0.04 in 2.
+    """
     monkeypatch.setattr("rwft.head_sampled.RUN", run)
     p = torch.tensor([[0.06, 0.5, 0.2, 0.04, 0.2]]).double()
-    for point, rare in ((0.1, 0), (0.29, 0), (0.31, None), (0.79, None), (0.81, 3), (0.99, 3)):
+    times = {0: 0, 3: 0}
+    for point in (torch.arange(50) + 0.5) / 50:
         monkeypatch.setattr("torch.rand", lambda *_, point=point, **__: torch.full((1, 1), point).double())
         tokens, values, rest = draws(count=4).of(p.clone(), torch.tensor([2]))
         found = {t: v for t, v in zip(tokens[0].tolist(), values[0].tolist(), strict=True) if v}
-        expected = {1: 0.5, 4: 0.2} | ({} if rare is None else {rare: 0.2})
-        assert found == pytest.approx(expected)
+        assert found == pytest.approx({1: 0.5, 4: 0.2} | {token: 0.2 for token in found if token in times})
         assert rest.item() == pytest.approx(0.8)
+        for token in times.keys() & found.keys():
+            times[token] += 1
+    assert times == {0: 15, 3: 10}
 
 
 def test_rare_tokens_are_not_lost_in_the_sum() -> None:
-    """A thousand probabilities of 1e-9 after one of 0.5: each is less than half of float32's step there."""
+    """A thousand probabilities of 1e-9 after one of 0.5: each is less than half of float32's step there.
+
+    Only those few that one run sums with the 0.5 may be.
+    """
     p = torch.cat([torch.tensor([0.5, 0.5]), torch.full((1000,), 1e-9)])[None]
     *_, rest = draws().of(p, torch.tensor([0]))
-    assert rest.item() == pytest.approx(0.5 + 1e-6, abs=1e-11)
+    assert rest.item() == pytest.approx(0.5 + 1e-6, abs=(RUN + 1) * 1e-9)
+
+
+def test_rare_tokens_are_drawn_behind_a_heavy_one_of_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fourteen of 1e-9 behind 0.5 in one run, whose float32 sum is 0.5: each is met in its part of the interval."""
+    p = torch.cat([torch.tensor([0.5, 0.5]), torch.full((14,), 1e-9)])
+    assert len(p) == RUN
+    assert p[1:].sum() == 0.5
+    part = 1e-9 / (0.5 + 14e-9)
+    uniform = 1 - (torch.arange(14, dtype=torch.float64) + 0.5)[:, None] * part
+    monkeypatch.setattr("torch.rand", lambda *_, **__: uniform)
+    tokens, *_ = draws(count=1).of(p.repeat(14, 1), torch.zeros(14, dtype=torch.int64))
+    assert tokens[:, 0].tolist() == list(range(15, 1, -1))
 
 
 def test_every_tile_of_a_bfloat16_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +170,10 @@ def test_the_error_of_a_mean_falls_with_the_root_of_its_length() -> None:
         assert errors.mean(0).norm() < 1.5 * single / 512**0.5
 
 
-def test_one_dense_product_is_left() -> None:
+@pytest.mark.parametrize("segments", [None, [N]])
+def test_one_dense_product_is_left(segments: list[int] | None) -> None:
+    """Also where a segment is longer than a chunk: draws are kept until its coefficients are known."""
+
     class Products(TorchDispatchMode):
         flops = 0
 
@@ -160,7 +185,7 @@ def test_one_dense_product_is_left() -> None:
             return function(*args, **(kwargs or {}))
 
     with Products() as products:
-        gradients(leaves(N, 40), torch.arange(N), draws(), budget=1000)
+        gradients(leaves(N, 40), torch.arange(N), draws(), budget=1000, segments=segments)
     assert products.flops == 2 * N * H * 40
 
 
