@@ -117,14 +117,19 @@ def test_heavy_tokens_are_exact_and_rare_ones_worth_a_step(monkeypatch: pytest.M
     assert times == {0: 15, 3: 10}
 
 
-def test_rare_tokens_are_not_lost_in_the_sum() -> None:
-    """A thousand probabilities of 1e-9 after one of 0.5: each is less than half of float32's step there.
+def test_rare_tokens_are_not_lost_in_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of 1e-9 beside one of 0.5: each is less than half of float32's step there, and yet is met.
 
-    Only those few that one run sums with the 0.5 may be.
+    The run of the target holds 15 of them and that of the 0.5 as many; the others follow.
     """
-    p = torch.cat([torch.tensor([0.5, 0.5]), torch.full((1000,), 1e-9)])[None]
-    *_, rest = draws().of(p, torch.tensor([0]))
-    assert rest.item() == pytest.approx(0.5 + 1e-6, abs=(RUN + 1) * 1e-9)
+    p = torch.cat([torch.tensor([0.5, 0.5]), torch.full((1000,), 1e-9)])
+    count, rare = 970, p[2].item()
+    before = 0.5 + 15 * rare
+    uniform = (before + (torch.arange(count, dtype=torch.float64) + 0.5)[:, None] * rare) / (before + count * rare)
+    monkeypatch.setattr("torch.rand", lambda *_, **__: uniform)
+    tokens, _, rest = draws(count=1).of(p.repeat(count, 1), torch.zeros(count, dtype=torch.int64))
+    assert len(set(tokens[:, 0].tolist()) - {0, 1}) == count
+    assert rest[0].item() == pytest.approx(before + count * rare, rel=1e-15)
 
 
 def test_rare_tokens_are_drawn_behind_a_heavy_one_of_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
