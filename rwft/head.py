@@ -94,11 +94,11 @@ def weighted_loss(
         raise ObjectiveError(f"head: sampled gradients know no penalties, but '{penalties[0].name}' is given; drop one")
     most = chunk_rows(hidden, vocabulary, reference, budget, sampled is not None)
     groups = cut(segments, hidden.shape[0], most)
-    policy = Projection.of(hidden, vocabulary, most)
-    regularised = _Regularised.begin(penalties, penalty_scale, reference, policy, most) if penalties else None
     once = len(groups) <= 1 and hidden.shape[0] <= most
     summed = vocabulary.weight.dtype if once else precision_of_sums(hidden, vocabulary, sampled is not None)
-    gradients = Gradients.like(hidden, vocabulary, policy.exact, summed)
+    gradients = Gradients.like(hidden, vocabulary, precision(hidden, vocabulary.weight).exact, summed)
+    policy = Projection.of(hidden, vocabulary, most, gradients.idle if sampled is not None else None)
+    regularised = _Regularised.begin(penalties, penalty_scale, reference, policy, most) if penalties else None
     kernel = softmax_kernel(hidden.device, policy.exact)
     drawn = None if sampled is None else Sampled.room(sampled, targets, policy.exact)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):

@@ -50,6 +50,11 @@ class Gradients:
         return cls(x, tiles, bias)
 
     @property
+    def idle(self) -> Tensor | None:
+        """Memory of the weight's gradient as one tensor: until it is written, as it is at last if sampled."""
+        return self.weight[0] if self.weight is not None and len(self.weight) == 1 else None
+
+    @property
     def frozen(self) -> bool:
         """Whether the projection gets no gradient."""
         return self.weight is None and self.bias is None

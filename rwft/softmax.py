@@ -6,6 +6,7 @@ float32 (float64 where an input is), on blocks of rows that stay in the cache.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rwft.errors import ObjectiveError, PolicyError, did_you_mean
 
-BLOCK_BYTES = {"cpu": 2 << 20}  # a block of rows in float32: cache-sized on a CPU,
+BLOCK_BYTES = {"cpu": 4 << 20}  # a block of rows in float32: cache-sized on a CPU,
 ACCELERATOR_BLOCK_BYTES = 64 << 20  # and enough to fill an accelerator elsewhere
 ALIGNED = 64  # rows and columns of longer parts come in multiples: odd ones cost up to half as much again in a product
 ROWS, STRIP = 512, 2048  # rows and columns that oneDNN multiplies at once, so that little is held beside the result
@@ -97,11 +98,15 @@ class Projection:
     buffer: Tensor
 
     @classmethod
-    def of(cls, hidden: Tensor, vocabulary: Vocabulary, most: int) -> Projection:
-        """Detached, for chunks of at most `most` rows."""
+    def of(cls, hidden: Tensor, vocabulary: Vocabulary, most: int, lent: Tensor | None = None) -> Projection:
+        """Detached, for chunks of at most `most` rows; the buffer lies where `lent` does if that is large enough."""
         kinds = precision(hidden, vocabulary.weight)
         x = hidden.detach().to(kinds.product)
-        buffer = x.new_empty(min(most, x.shape[0]), vocabulary.size)
+        shape = min(most, x.shape[0]), vocabulary.size
+        if lent is not None and (size := math.prod(shape) * x.itemsize) <= lent.nbytes:
+            buffer = lent.view(-1).view(torch.uint8)[:size].view(x.dtype).view(shape)
+        else:
+            buffer = x.new_empty(shape)
         return cls(x, vocabulary.cast(kinds.product, kinds.exact), kinds.exact, buffer)
 
     def products(self, rows: slice) -> Tensor:

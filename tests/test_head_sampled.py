@@ -194,6 +194,30 @@ def test_one_dense_product_is_left(segments: list[int] | None) -> None:
     assert products.flops == 2 * N * H * 40
 
 
+@pytest.mark.parametrize(("weight", "hidden"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_logits_take_no_memory_beside_the_gradient_of_the_weight(weight: torch.dtype, hidden: torch.dtype) -> None:
+    n, v, h = 33, 6001, 71  # more columns than a strip, and odd, so that the gradient is no whole number of float32
+    kept: dict[int, Any] = {}  # storages stay alive, so that no two lie at one address
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                kept[out.untyped_storage().data_ptr()] = out.untyped_storage()
+            return out
+
+    w, x = torch.randn(v, h).to(weight).requires_grad_(), torch.randn(n, h).to(hidden).requires_grad_()
+    vocabulary, y = Vocabulary(w), torch.randint(0, v, (n,))
+    given = {leaf.untyped_storage().data_ptr() for leaf in (w, x)}
+    with Made():
+        result = weighted_loss(x, vocabulary, y, lambda s, _: s["logp"].exp(), sampled=draws())
+    logits, cast = 4 * n * v, 4 * v * h  # bytes; a weight in another precision is cast for the product
+    large = sorted(made.nbytes() for place, made in kept.items() if place not in given and made.nbytes() >= logits)
+    assert large == ([w.nbytes] if weight == hidden else [w.nbytes, cast])
+    expected = (x.double() @ w.double().T).log_softmax(dim=-1).gather(1, y[:, None])[:, 0]
+    torch.testing.assert_close(result.logp.double(), expected, rtol=0, atol=1e-5)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ObjectiveError, match="found 0 draws"):
         draws(count=0)
