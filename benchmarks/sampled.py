@@ -167,7 +167,7 @@ def draw(found: dict[int, dict[str, list[Curve]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", default="32000:16:60", help="vocabulary:rows:steps, ...")
+    parser.add_argument("--shapes", default="32000:16:60,151936:16:60", help="vocabulary:rows:steps, ...")
     parser.add_argument("--write", action="store_true", help="into docs/performance.md and docs/figures/sampled.png")
     options = parser.parse_args()
     torch.set_num_threads(1)

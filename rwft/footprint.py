@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from rwft.config import ModelConfig
 from rwft.errors import PolicyError
-from rwft.head import chunk_rows
+from rwft.head import Draws, chunk_rows
 from rwft.model_files import check_model
 from rwft.policy import DTYPES, Policy, add_lora, checkpoint_activations, load_causal
 from rwft.softmax import precision
+
+DRAWN = 4 * 8  # bytes of a drawn token beside its value: itself and, when all are sorted, again with order and position
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,23 @@ class Outline:
             self.policy.causal.base_model(input_ids=ids, use_cache=self.cache)
         return sum(storage.nbytes() for storage in found.values())
 
-    def head(self, trained: int) -> int:
-        """Bytes of the loss head at `trained` positions: logits of a chunk, hidden states, gradients on their way."""
+    def head(self, trained: int, sampled: bool = False) -> int:
+        """Bytes of the loss head at `trained` positions: logits of a chunk, hidden states, gradients on their way.
+
+        Before `sampled` gradients are written, the logits lie in their place; beside them are the tokens drawn.
+        """
         with self.mode:
             vocabulary = self.policy.vocabulary()
             v, h = vocabulary.weight.shape
             dtype = torch.bfloat16 if self.policy.autocast else vocabulary.weight.dtype
             hidden = torch.empty(trained, h, dtype=dtype)
-            kinds, chunk = precision(hidden, vocabulary.weight), chunk_rows(hidden, vocabulary, None, None)
+            kinds, chunk = precision(hidden, vocabulary.weight), chunk_rows(hidden, vocabulary, None, None, sampled)
         logits = min(trained, chunk) * v * kinds.product.itemsize
         cast = 0 if kinds.product == vocabulary.weight.dtype else v * h * kinds.product.itemsize
         gradient = v * h * kinds.exact.itemsize if vocabulary.weight.requires_grad else 0
-        return logits + cast + gradient + 2 * hidden.nbytes
+        drawn = trained * (Draws.count + 1) * (DRAWN + 2 * kinds.exact.itemsize) if sampled else 0
+        apart = 0 if sampled and logits <= gradient else logits
+        return apart + cast + gradient + drawn + (3 if sampled else 2) * hidden.nbytes
 
 
 def activations(config: ModelConfig, rows: int, positions: int) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from rwft.data.shared import sharing
 from rwft.durable import refuse_unwritable
 from rwft.errors import ConfigError, did_you_mean
 from rwft.footprint import Footprint, Outline, activations
+from rwft.head import Draws
 from rwft.idle import idle_rows
 from rwft.policy import load_tokenizer
 from rwft.progress import Display
@@ -177,7 +178,7 @@ def memory(
         "weights": -(-size.weights // share),
         "gradients": -(-size.gradients // divided),
         "optimizer moments": -(-2 * size.gradients // divided),
-        "loss head": outline.head(passes.trained),
+        "loss head": outline.head(passes.trained, config.train.head == "sampled"),
         "activations": kept[1] if config.model.gradient_checkpointing else kept[0],
     }
     if engine == "ddp":
@@ -230,21 +231,26 @@ def work(config: Config, data: Prepared, plan: Plan, size: Footprint, steps: int
         rows=plan.window_size,
         tokens=float(length.sum()) / plan.steps_per_epoch,
         trained=float(trained.sum()) / plan.steps_per_epoch,
-        operations=epochs * operations(size, length, trained, config.model.gradient_checkpointing),
+        operations=epochs
+        * operations(size, length, trained, config.model.gradient_checkpointing, config.train.head == "sampled"),
     )
 
 
-def operations(size: Footprint, length: NDArray[np.int64], trained: NDArray[np.int64], again: bool) -> float:
+def operations(
+    size: Footprint, length: NDArray[np.int64], trained: NDArray[np.int64], again: bool, sampled: bool = False
+) -> float:
     """Floating-point operations of one epoch: two for each weight and position, two products in causal attention.
 
-    A backward pass costs two forward ones, or one where weights are frozen; `again`: the forward pass is repeated.
+    A backward pass costs two forward ones, or one where weights are frozen; `again`: the forward pass is repeated;
+    `sampled`: the backward pass of the head touches the tokens that were drawn.
     """
     frozen = size.trained < size.parameters / 2
     positions, pairs = float(length.sum()), float(np.square(length.astype(np.float64)).sum())
     body = 2 * size.products * positions * ((FROZEN if frozen else FORWARD_BACKWARD) + again)
     attention = 2 * size.layers * size.attention * pairs * (FORWARD_BACKWARD + again)
     v, h = size.vocabulary
-    head = 2 * v * h * float(trained.sum()) * (FORWARD_BACKWARD if size.head_trained else FROZEN)
+    backward = (FORWARD_BACKWARD if size.head_trained else FROZEN) - 1
+    head = 2 * h * float(trained.sum()) * (v + backward * (Draws.count + 1 if sampled else v))
     return body + attention + head
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,11 +17,13 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from rwft.config import Config, ModelConfig, resolve, to_yaml
 from rwft.data.batching import Plan
 from rwft.errors import ConfigError, PolicyError
 from rwft.footprint import Footprint, Outline, activations
+from rwft.head import Draws, weighted_loss
 from rwft.loop import train
 from rwft.plan import Passes, amount, choose, describe, gathered, live, memory, operations, plan_command
 from rwft.policy import load_policy
@@ -144,6 +147,34 @@ def config_of(folder: Path, *overrides: str) -> Config:
     return tiny(folder, "model.dtype=float32", *overrides)
 
 
+def really_held(model: ModelConfig, trained: int, sampled: bool) -> int:
+    """The most bytes that the head holds at once, with the hidden states that it is given."""
+    policy = load_policy(model, 0)
+    vocabulary, draws = policy.vocabulary(), Draws(torch.Generator().manual_seed(0)) if sampled else None
+    dtype = torch.bfloat16 if policy.autocast else torch.float32
+    x = torch.randn(trained, vocabulary.weight.shape[1]).to(dtype).requires_grad_()
+    y = torch.randint(0, vocabulary.size, (trained,))
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=policy.autocast)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        with cast:
+            result = weighted_loss(x, vocabulary, y, lambda s, _: s["logp"].exp(), sampled=draws)
+        result.loss.backward()
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    changes: list[Any] = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns()))
+    return x.nbytes + max(held)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("trained", [100, 1500], ids=["logits as small as the gradient", "larger"])
+def test_the_head_holds_what_it_really_holds(dtype: str, sampled: bool, trained: int) -> None:
+    model = replace(MODELS["llama"], config={**MODEL, "vocab_size": 32000, "hidden_size": 256}, dtype=dtype)
+    held = really_held(model, trained, sampled)
+    assert Outline(model).head(trained, sampled) == pytest.approx(held, rel=0.1)
+
+
 def test_memory_by_engine(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     outline = Outline(config.model)
@@ -230,6 +261,8 @@ def test_operations_worked_by_hand() -> None:
     body, attention, head = 2 * 700 * 7, 2 * 6 * 8 * 25, 2 * 50 * 4 * 5
     assert operations(SIZE, length, trained, False) == 3 * (body + attention + head)
     assert operations(SIZE, length, trained, True) == 4 * (body + attention) + 3 * head
+    sampled = 2 * 4 * 5 * (50 + 2 * 257)  # all 50 tokens forwards, the target and 256 draws twice backwards
+    assert operations(SIZE, length, trained, False, True) == 3 * (body + attention) + sampled
 
 
 def test_the_plan_is_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,6 +371,7 @@ RUN = """
 import json, re, sys
 from pathlib import Path
 from rwft.config import resolve
+from rwft.head import Draws, weighted_loss
 from rwft.loop import train
 train(resolve(json.loads(sys.argv[1])))
 print("peak", int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
