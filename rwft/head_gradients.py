@@ -51,8 +51,10 @@ class Gradients:
 
     @property
     def idle(self) -> Tensor | None:
-        """Memory of the weight's gradient as one tensor: until it is written, as it is at last if sampled."""
-        return self.weight[0] if self.weight is not None and len(self.weight) == 1 else None
+        """Memory of the weight's gradient in one piece: until it is written, as it is at last if sampled."""
+        if self.weight is None or len(self.weight) > 1 or not self.weight[0].is_contiguous():
+            return None
+        return self.weight[0]
 
     @property
     def frozen(self) -> bool:

@@ -218,6 +218,19 @@ def test_logits_take_no_memory_beside_the_gradient_of_the_weight(weight: torch.d
     torch.testing.assert_close(result.logp.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_a_weight_that_lies_transposed() -> None:
+    x, w, b = leaves(N, 40)
+    y = torch.randint(0, 40, (N,), generator=torch.Generator().manual_seed(2))
+    transposed = w.detach().T.contiguous().T.requires_grad_()
+    assert not transposed.is_contiguous()
+    for found, expected in zip(
+        gradients([x, transposed, b], y, draws(), budget=1)[1],
+        gradients([x, w, b], y, draws(), budget=1)[1],
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ObjectiveError, match="found 0 draws"):
         draws(count=0)
