@@ -193,3 +193,18 @@ def test_adapters_and_summed_weights_on_two_ranks(tmp_path: Path, root: Path) ->
         )
         assert one.keys() == two.keys()
         assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6, name
+
+
+def test_sampled_gradients_are_the_same_sharded(tmp_path: Path, root: Path) -> None:
+    """A step's draws are of a rank and a micro-batch, whichever engine spreads the weights.
+
+    One step, since AdamW makes of a gradient's rounding what it makes of a gradient, and a draw may fall beside it.
+    """
+    more = ("train.head=sampled", "model.config.vocab_size=2000", "train.steps=1", "train.batch_size=8")
+    more += ("model.dtype=float32", "data.share_prompts=never")  # the same micro-batches under both engines
+    for name, script in (("ddp", SCRIPT), ("fsdp", SHARDED + SCRIPT)):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(tiny(tmp_path, *more, name=name)))
+        torchrun(2, tmp_path, [name], root, script=script)
+    train(tiny(tmp_path, *more, "train.head=auto", "train.batch_size=16", name="exact"))
+    assert largest_difference(tmp_path / "ddp", tmp_path / "fsdp") < 1e-6
+    assert largest_difference(tmp_path / "ddp", tmp_path / "exact") > 1e-3  # there was something to draw
