@@ -41,6 +41,7 @@ def stop(training, index, meter):
     if index == 2:
         assert training.accelerator.is_fsdp2
         training.accelerator.wait_for_everyone()
+        training.accelerator.end_training()
         sys.exit(0)
     step(training, index, meter)
 
@@ -48,6 +49,10 @@ def stop(training, index, meter):
 loop.optimiser_step = stop
 for name in names:""",
 )
+END = """
+if PartialState().num_processes > 1:
+    PartialState().destroy_process_group()  # torch may abort a rank that exits without
+"""
 
 SHARDED = """
 import accelerate, rwft.setup
@@ -77,7 +82,7 @@ rwft.loop.start_accelerator = sharded
 
 def torchrun(world: int, folder: Path, names: list[str], root: Path, script: str = SCRIPT) -> None:
     file = folder / "ranks.py"
-    file.write_text(script)
+    file.write_text(script + END)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(file), str(world), str(folder), *names]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
