@@ -67,7 +67,8 @@ def overview() -> str:
         lines += [_row(entry) for entry in entries] + [""]
     lines += ["Penalties over the vocabulary, beside any objective: regularize: [{name: forward_kl, coef: 0.05}]."]
     lines += [_row(entry) for entry in regularizers()] + [""]
-    lines += ["A list is a product: [dft, {name: rwr, temperature: 0.5}]. One in full: rwft objectives NAME."]
+    lines += ["A product: dft * rwr(temperature=0.5), or [dft, {name: rwr, temperature: 0.5}]."]
+    lines += ["One in full: rwft objectives NAME."]
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ L(\\theta) = -\\frac{1}{Z} \\sum_{i,t} m_{it} \\, \\mathrm{sg}[w_{it}] \\, \\log
 and nothing else: the mask, the stop-gradient, the normaliser Z, the model and the data are the same for all. `p` is the
 policy's probability of the target token, `r` a reward, `A` an advantage (what `data.credit` makes of the reward),
 $`\\mu`$ the behaviour policy that wrote the data, $`\\pi_{ref}`$ a frozen reference. A list is a product of weights:
-`objective: [dft, {name: filtered_bc, threshold: 1.0}]`.
+`objective: [dft, {name: filtered_bc, threshold: 1.0}]`, or as text, `objective: dft * filtered_bc(threshold=1.0)`.
 """
 
 CHOICE = """\

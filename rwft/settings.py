@@ -259,6 +259,9 @@ class CompareConfig:
         _require(
             isinstance(self.objectives, (list, tuple)), "compare.objectives", self.objectives, "a list of objectives"
         )
+        from rwft.weighting import spelled_out
+
+        object.__setattr__(self, "objectives", [spelled_out(spec) for spec in self.objectives])
         for name in ("seeds", "workers"):
             _require(getattr(self, name) >= 1, f"compare.{name}", getattr(self, name), "a whole number >= 1")
 
@@ -269,7 +272,7 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    objective: Any = "sft"  # a name, {name: ..., hyperparameter: ...}, or a list of them: their product
+    objective: Any = "sft"  # a name, {name: ..., hyperparameter: ...}, a list of them: their product, or "dft * rwr"
     regularize: Any = field(default_factory=list)  # [{name: forward_kl, coef: 0.05}]
     reference: FrozenConfig = field(default_factory=FrozenConfig)  # what ref_logp refers to
     auxiliary: FrozenConfig = field(default_factory=FrozenConfig)  # what aux_logp refers to: a second frozen model
@@ -281,9 +284,10 @@ class Config:
     output: str = "runs/rwft"  # the run's folder: checkpoints, metrics, exported model
 
     def __post_init__(self) -> None:
-        from rwft.weighting import build_objective
+        from rwft.weighting import build_objective, spelled_out
 
         build_objective(self.objective)
+        object.__setattr__(self, "objective", spelled_out(self.objective))
         if self.train.head == "sampled" and self.regularize:
             raise ConfigError(
                 "train.head: found 'sampled', but a regularizer's gradient reads the whole vocabulary; "

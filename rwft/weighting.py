@@ -6,6 +6,7 @@ product of their weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,6 +21,10 @@ from rwft.signals import SIGNALS
 
 objective = Registry("objective", SIGNALS, builtin="rwft.objectives", group="rwft.objectives")
 """Decorator and registry: `@objective` on a function, `objective["rwr"]`, iteration, `in`."""
+
+FACTOR = r"[^()*]+(\([^()*]*\)\s*)?"
+PRODUCT = re.compile(rf"{FACTOR}(\*{FACTOR})*")
+WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
 @dataclass(frozen=True)
@@ -126,16 +131,58 @@ def check_weights(weights: Any, rows: int | None, columns: int | None, name: str
 
 
 def build_objective(spec: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | Objective) -> Objective:
-    """A name, a mapping `{name: ..., **hyperparameters}`, or a list of them (their product).
+    """A name, a mapping `{name: ..., **hyperparameters}`, a list of them (their product), or text as it is printed.
 
-    Raises ObjectiveError for an unknown name or hyperparameter, or a value out of bounds.
+    `"dft * rwr(temperature=0.5)"` is `["dft", {"name": "rwr", "temperature": 0.5}]`. Raises ObjectiveError for an
+    unknown name or hyperparameter, or a value out of bounds.
     """
     if isinstance(spec, Objective):
         return spec
-    parts = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    given = spelled_out(spec)
+    parts = cast("list[Any]", given) if isinstance(given, list) else [given]
     if not parts:
         raise ConfigError("objective: an empty list; name at least one, for instance 'sft'")
     return Objective(tuple(bind_factor(objective, part) for part in parts))
+
+
+def spelled_out(spec: Any) -> Any:
+    """What `build_objective` takes, with text such as `dft * rwr(temperature=0.5)` as the list that it stands for."""
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        return [factor for part in cast("Sequence[Any]", spec) for factor in _factors(part)]
+    factors = _factors(spec)
+    return factors[0] if len(factors) == 1 else factors
+
+
+def _factors(spec: Any) -> list[Any]:
+    """Those that text names; anything else is one."""
+    if not isinstance(spec, str) or not PRODUCT.fullmatch(spec):
+        return [spec]
+    return [_read_factor(text) for text in spec.split("*")]
+
+
+def _read_factor(text: str) -> str | dict[str, Any]:
+    """`rwr(temperature=0.5)` -> `{name: rwr, temperature: 0.5}`; a name alone stays one."""
+    name, _, inside = (part.strip() for part in text.partition("("))
+    inside = inside.removesuffix(")").strip()
+    pairs = [pair.partition("=") for pair in inside.split(",")] if inside else []
+    for key, equals, value in pairs:
+        if not (key.strip().isidentifier() and equals and value.strip()):
+            example = "settings by name, such as rwr(temperature=0.5)"
+            raise ObjectiveError(f"objective '{text.strip()}': found '{key}{equals}{value}', expected {example}")
+    settings = {key.strip(): _read_value(value.strip()) for key, _, value in pairs}
+    return {"name": name, **settings} if settings else name
+
+
+def _read_value(word: str) -> Any:
+    """A number, true, false or null, else the word itself."""
+    if word.lower() in WORDS:
+        return WORDS[word.lower()]
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return word
 
 
 def bind_factor(registry: Registry, spec: Any) -> Factor:

@@ -72,6 +72,14 @@ def test_an_override_wins_over_the_file_and_keeps_its_neighbours() -> None:
     assert (config.train.lr, config.train.seed) == (0.2, 5)
 
 
+def test_a_product_may_be_written_as_it_is_printed() -> None:
+    config = resolve(
+        {**LEAST, "compare": {"objectives": ["sft", "dft * filtered_bc"]}}, ["objective=dft * rwr(clip=3)"]
+    )
+    assert config.objective == ["dft", {"name": "rwr", "clip": 3}]
+    assert config.compare.objectives == ["sft", ["dft", "filtered_bc"]]
+
+
 def test_a_hyperparameter_can_be_overridden_alone() -> None:
     content = {**LEAST, "objective": {"name": "rwr", "temperature": 2.0, "clip": 7.0}}
     assert resolve(content, ["objective.temperature=0.5"]).objective == {"name": "rwr", "temperature": 0.5, "clip": 7.0}

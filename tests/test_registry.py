@@ -19,7 +19,7 @@ from rwft.errors import ConfigError, ObjectiveError, UserError, did_you_mean
 from rwft.estimator import Counts, count, surrogate_loss, weight_denominator, weight_statistics
 from rwft.registry import Registry, parse
 from rwft.signals import SIGNALS, seq_mean, seq_sum
-from rwft.weighting import Objective, build_objective, check_weights
+from rwft.weighting import Objective, build_objective, check_weights, objective, spelled_out
 
 
 @pytest.fixture
@@ -315,6 +315,53 @@ def test_a_plugin_is_found_through_its_entry_point(monkeypatch: pytest.MonkeyPat
 
 
 # --- objectives and their products
+
+
+AS_PRINTED: list[tuple[Any, Any]] = [
+    ("dft * rwr(temperature=0.5)", ["dft", {"name": "rwr", "temperature": 0.5}]),
+    ("rwr(temperature=0.5, clip=3)", {"name": "rwr", "temperature": 0.5, "clip": 3}),
+    (" dft*filtered_bc ", ["dft", "filtered_bc"]),
+    (["dft * sft", "rwr(temperature=2)"], ["dft", "sft", {"name": "rwr", "temperature": 2}]),
+    ("ppo_clip(dual=null)", {"name": "ppo_clip", "dual": None}),
+    (
+        "ppo_clip(dual=None) * rwr(clip=inf)",
+        [{"name": "ppo_clip", "dual": None}, {"name": "rwr", "clip": float("inf")}],
+    ),
+    ("rwr()", "rwr"),
+    ("my (own)/file.py:f", "my (own)/file.py:f"),
+    ({"name": "rwr", "clip": 3}, {"name": "rwr", "clip": 3}),
+]
+
+
+@pytest.mark.parametrize(("text", "meant"), AS_PRINTED, ids=[str(text) for text, _ in AS_PRINTED])
+def test_an_objective_may_be_written_as_it_is_printed(text: Any, meant: Any) -> None:
+    assert spelled_out(text) == meant
+
+
+@pytest.mark.parametrize("name", list(objective))
+def test_what_an_objective_prints_builds_it_again(name: str) -> None:
+    needs = {s.name: 1 for s in objective.entry(name).settings.values() if s.required}
+    built = build_objective([{"name": name, **needs}, {"name": "rwr", "temperature": 0.25, "clip": 3}])
+    assert build_objective(str(built)).spec == built.spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "dft * rwr(0.5)",
+            "objective 'rwr(0.5)': found '0.5', expected settings by name, such as rwr(temperature=0.5)",
+        ),
+        (
+            "rwr(clip=)",
+            "objective 'rwr(clip=)': found 'clip=', expected settings by name, such as rwr(temperature=0.5)",
+        ),
+        ("dft * rwr(temprature=1)", "objective 'rwr': 'temprature' is no setting of it; did you mean 'temperature'?"),
+        ("rwr(temperature=hot)", "objective 'rwr': temperature: found 'hot', expected a number > 0"),
+    ],
+)
+def test_a_mistake_in_an_objective_as_it_is_printed(text: str, message: str) -> None:
+    assert sentence(lambda: build_objective(text)) == message
 
 
 def test_specs_that_are_none() -> None:
