@@ -164,13 +164,14 @@ def _read_factor(text: str) -> str | dict[str, Any]:
     """`rwr(temperature=0.5)` -> `{name: rwr, temperature: 0.5}`; a name alone stays one."""
     name, _, inside = (part.strip() for part in text.partition("("))
     inside = inside.removesuffix(")").strip()
-    pairs = [pair.partition("=") for pair in inside.split(",")] if inside else []
-    for key, equals, value in pairs:
-        if not (key.strip().isidentifier() and equals and value.strip()):
-            example = "settings by name, such as rwr(temperature=0.5)"
-            raise ObjectiveError(f"objective '{text.strip()}': found '{key}{equals}{value}', expected {example}")
-    settings = {key.strip(): _read_value(value.strip()) for key, _, value in pairs}
-    return {"name": name, **settings} if settings else name
+    settings: dict[str, Any] = {"name": name}
+    for pair in inside.split(",") if inside else []:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not (key.isidentifier() and equals and value) or key in settings:
+            expected = "settings by name, each once, such as rwr(temperature=0.5)"
+            raise ObjectiveError(f"objective '{text.strip()}': found '{pair.strip()}', expected {expected}")
+        settings[key] = _read_value(value)
+    return settings if inside else name
 
 
 def _read_value(word: str) -> Any:

@@ -317,6 +317,7 @@ def test_a_plugin_is_found_through_its_entry_point(monkeypatch: pytest.MonkeyPat
 # --- objectives and their products
 
 
+EACH_ONCE = "expected settings by name, each once, such as rwr(temperature=0.5)"
 AS_PRINTED: list[tuple[Any, Any]] = [
     ("dft * rwr(temperature=0.5)", ["dft", {"name": "rwr", "temperature": 0.5}]),
     ("rwr(temperature=0.5, clip=3)", {"name": "rwr", "temperature": 0.5, "clip": 3}),
@@ -350,13 +351,15 @@ def test_what_an_objective_prints_builds_it_again(name: str) -> None:
     [
         (
             "dft * rwr(0.5)",
-            "objective 'rwr(0.5)': found '0.5', expected settings by name, such as rwr(temperature=0.5)",
+            "objective 'rwr(0.5)': found '0.5', " + EACH_ONCE,
         ),
         (
             "rwr(clip=)",
-            "objective 'rwr(clip=)': found 'clip=', expected settings by name, such as rwr(temperature=0.5)",
+            "objective 'rwr(clip=)': found 'clip=', " + EACH_ONCE,
         ),
         ("dft * rwr(temprature=1)", "objective 'rwr': 'temprature' is no setting of it; did you mean 'temperature'?"),
+        ("rwr(clip=1, clip=2)", "objective 'rwr(clip=1, clip=2)': found 'clip=2', " + EACH_ONCE),
+        ("rwr(name=dft)", "objective 'rwr(name=dft)': found 'name=dft', " + EACH_ONCE),
         ("rwr(temperature=hot)", "objective 'rwr': temperature: found 'hot', expected a number > 0"),
     ],
 )
