@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from rwft.config import ModelConfig
 from rwft.errors import PolicyError
 from rwft.head import Draws, chunk_rows
+from rwft.head_sampled import bytes_of_draws
 from rwft.model_files import check_model
 from rwft.policy import DTYPES, Policy, add_lora, checkpoint_activations, load_causal
 from rwft.softmax import precision
-
-DRAWN = 4 * 8  # bytes of a drawn token beside its value: itself and, when all are sorted, again with order and position
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Outline:
         logits = min(trained, chunk) * v * kinds.product.itemsize
         cast = 0 if kinds.product == vocabulary.weight.dtype else v * h * kinds.product.itemsize
         gradient = v * h * kinds.exact.itemsize if vocabulary.weight.requires_grad else 0
-        drawn = trained * (Draws.count + 1) * (DRAWN + 2 * kinds.exact.itemsize) if sampled else 0
+        drawn = bytes_of_draws(trained, Draws.count, kinds.exact) if sampled else 0
         apart = 0 if sampled and logits <= gradient else logits
         return apart + cast + gradient + drawn + (3 if sampled else 2) * hidden.nbytes
 

@@ -131,3 +131,8 @@ class Sampled:
     def add_by_bias(self, bias: Tensor, factor: Tensor) -> None:
         """`(v), (n)`: adds to the gradient of the bias."""
         bias.index_add_(0, self.tokens.flatten(), (self.values * factor[:, None]).flatten())
+
+
+def bytes_of_draws(positions: int, count: int, exact: torch.dtype) -> int:
+    """The most that `Sampled` holds: tokens and values, and both again with order and positions while it sorts them."""
+    return positions * (count + 1) * (4 * torch.int64.itemsize + 2 * exact.itemsize)

@@ -256,11 +256,11 @@ class CompareConfig:
     baseline: str = "sft"  # the objective that the report compares the others with, by its label
 
     def __post_init__(self) -> None:
+        from rwft.weighting import spelled_out
+
         _require(
             isinstance(self.objectives, (list, tuple)), "compare.objectives", self.objectives, "a list of objectives"
         )
-        from rwft.weighting import spelled_out
-
         object.__setattr__(self, "objectives", [spelled_out(spec) for spec in self.objectives])
         for name in ("seeds", "workers"):
             _require(getattr(self, name) >= 1, f"compare.{name}", getattr(self, name), "a whole number >= 1")
@@ -286,8 +286,8 @@ class Config:
     def __post_init__(self) -> None:
         from rwft.weighting import build_objective, spelled_out
 
-        build_objective(self.objective)
         object.__setattr__(self, "objective", spelled_out(self.objective))
+        build_objective(self.objective)
         if self.train.head == "sampled" and self.regularize:
             raise ConfigError(
                 "train.head: found 'sampled', but a regularizer's gradient reads the whole vocabulary; "

@@ -169,7 +169,7 @@ def really_held(model: ModelConfig, trained: int, sampled: bool) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("trained", [100, 1500], ids=["logits as small as the gradient", "larger"])
-def test_the_head_holds_what_it_really_holds(dtype: str, sampled: bool, trained: int) -> None:
+def test_the_head_takes_what_a_real_one_does(dtype: str, sampled: bool, trained: int) -> None:
     model = replace(MODELS["llama"], config={**MODEL, "vocab_size": 32000, "hidden_size": 256}, dtype=dtype)
     held = really_held(model, trained, sampled)
     assert Outline(model).head(trained, sampled) == pytest.approx(held, rel=0.1)
@@ -371,7 +371,6 @@ RUN = """
 import json, re, sys
 from pathlib import Path
 from rwft.config import resolve
-from rwft.head import Draws, weighted_loss
 from rwft.loop import train
 train(resolve(json.loads(sys.argv[1])))
 print("peak", int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
